@@ -1,0 +1,83 @@
+"""Calibration: what passes over the sites of a network while it runs on data, as one `Stats` per site; it decides no ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, batches
+from .errors import InputError
+from .graph import GraphModule
+from .network.sites import find_sites
+from .network.walk import leaves
+from .network.watch import watching
+from .stats import Stats
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One intra-op thread: whatever decides stored bytes must not depend on the machine's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def calibrate(
+    module: nn.Module, data: Iterable[object], *, only: Iterable[str] | None = None, progress: Progress | None = None
+) -> dict[str, Stats]:
+    """Run ``module`` on ``data`` and return site -> `Stats`, sites as they are named by `Sites` or ``layer.input``.
+
+    ``only`` names the sites wanted. Raises `InputError` for empty data and for values that are not finite, with batch and site.
+    """
+    graph_path = isinstance(module, GraphModule)
+    root: Mapping[str, str]
+    if isinstance(module, GraphModule):
+        found = find_sites(module.structure)
+        root = {name: site for site, names in found.origin.items() for name in names}
+    else:
+        root = {f"{name}.input": f"{name}.input" for name in leaves(module)}
+    wanted = set(only) if only is not None else None
+    stats: dict[str, Stats] = {}
+    number = 0
+
+    def note(name: str, value: Tensor) -> None:
+        site = root.get(name)
+        if site is None or not value.is_floating_point() or (wanted is not None and site not in wanted):
+            return
+        try:
+            stats.setdefault(site, Stats()).update(value)
+        except InputError as err:
+            raise InputError(f"calibration batch {number}, site {name!r}: {err}") from err
+
+    items = list_of_batches(data)
+    if graph_path:
+        for name, constant in module.graph.constants.items():  # type: ignore[union-attr]
+            if name in root:
+                note(name, constant)
+    with one_thread(), torch.no_grad(), watching(module, note):
+        for number, batch in enumerate(items):
+            run(module, batch)
+            if progress:
+                progress("calibrate", number + 1, len(items))
+    return stats
+
+
+def list_of_batches(data: Iterable[object]) -> list[Batch]:
+    """The data as batches; `InputError` when there is none."""
+    items = list(batches(data))
+    if not items:
+        raise InputError("the calibration set is empty: give at least one batch (a few hundred samples are usual)")
+    return items
+
+
+def run(module: nn.Module, batch: Batch) -> object:
+    """One forward pass."""
+    return module(*batch.args, **batch.named)

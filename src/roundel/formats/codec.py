@@ -1,0 +1,543 @@
+"""The numerics of a `Format` in torch: `fit`, `store`, `encode`, `decode`, `refit`, on matrices (rows, columns).
+
+This is the plain definition that every faster path must equal bit for bit. All arithmetic is float32 in the order written
+here. It knows no network and no solver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from . import grid as grids
+from .format import CHANNEL, Format
+from .grid import Codebook, Levels, Real, Uniform
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+#: Elements that one pass of the scale search may hold at a time.
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Params:
+    """Real-valued parameters: ``scale`` and ``offset`` (one entry per block), ``table`` (tables, k, dim). The offset is a zero point
+    in code units or a minimum that is subtracted, as the format says."""
+
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    table: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Params):
+    """The same after rounding through their own formats; ``parts`` are what is written: (scale, offset, table)."""
+
+    parts: tuple[Any, Any, Tensor | None] = (None, None, None)
+
+
+# -- levels and codes of one grid, no scale -----------------------------------------------------------------------------
+
+
+@cache
+def _tables(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(boundaries, code of each sorted level, value of each code, sorted levels); a tie goes to the even code, as in IEEE 754."""
+    rows = grids.table(name)
+    values = torch.tensor(rows.values, dtype=torch.float64)
+    codes = torch.tensor(rows.codes, dtype=torch.int32)
+    middle = ((values[1:] + values[:-1]) / 2).to(torch.float32)
+    above = torch.nextafter(middle, torch.tensor(torch.inf))
+    return torch.where(codes[1:] % 2 == 0, middle, above), codes, torch.tensor(rows.decode), values.float()
+
+
+def _round(fmt: Format, x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Nearest code of each scaled number; ``table`` (tables, k, dim) for learned grids."""
+    base = fmt.grid
+    if isinstance(base, Uniform):
+        lo, hi = fmt.extremes
+        return x.round().clamp(lo, hi).to(torch.int32)
+    if isinstance(base, Levels):
+        boundaries, codes, _, _ = _tables(base.name)
+        return codes[torch.bucketize(x.contiguous(), boundaries, right=True)]
+    if isinstance(base, Real):
+        return _real_codes(base.name, x)
+    assert table is not None
+    if base.dim > 1:
+        return _nearest_vector(x, table[0])
+    middle = (table[:, 1:, 0] + table[:, :-1, 0]) / 2
+    if table.shape[0] == 1:
+        return torch.bucketize(x.contiguous(), middle[0], right=True).to(torch.int32)
+    middle = middle if rows is None else middle[rows]
+    return torch.searchsorted(middle.contiguous(), x.contiguous(), right=True).to(torch.int32)
+
+
+def _real_codes(name: str, x: Tensor) -> Tensor:
+    stored = x.to(DTYPES[name])
+    view = stored.view(torch.int32) if name == "fp32" else stored.view(torch.int16).to(torch.int32) & 0xFFFF
+    return view
+
+
+def _nearest_vector(x: Tensor, table: Tensor) -> Tensor:
+    """Index of the entry nearest to each run of ``dim`` columns; a short last run is completed with zeros."""
+    k, dim = table.shape
+    short = -x.shape[1] % dim
+    points = torch.nn.functional.pad(x, (0, short)).reshape(-1, dim)
+    out = torch.empty(points.shape[0], dtype=torch.int32)
+    for i in range(0, points.shape[0], max(1, CHUNK // k)):
+        part = points[i : i + max(1, CHUNK // k)]
+        out[i : i + part.shape[0]] = ((part[:, None] - table[None]) ** 2).sum(-1).argmin(1).to(torch.int32)
+    return out.reshape(x.shape[0], -1)
+
+
+def _level(fmt: Format, codes: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
+    """The level of each code, float32."""
+    base = fmt.grid
+    if isinstance(base, Uniform):
+        return codes.to(torch.float32)
+    if isinstance(base, Levels):
+        return _tables(base.name)[2][codes.long()]
+    if isinstance(base, Real):
+        if base.name == "fp32":
+            return codes.to(torch.int32).view(torch.float32)
+        return codes.to(torch.int16).view(DTYPES[base.name]).float()
+    assert table is not None
+    if table.shape[0] == 1:
+        return table[0][codes.long()].reshape(codes.shape[0], -1)
+    table = table[..., 0] if rows is None else table[rows, :, 0]
+    return torch.gather(table, 1, codes.long())
+
+
+# -- parameters spread over elements --------------------------------------------------------------------------------
+
+
+def _spread(param: Tensor, fmt: Format, n_rows: int, n_cols: int, cols: Tensor | None, rows: Tensor | None) -> Tensor:
+    """One parameter per element of a (rows, columns) matrix, or something that broadcasts to it."""
+    share_rows, share_cols = fmt.share.rows or 0, fmt.share.cols or 0
+    if param.shape[0] > 1:
+        index = torch.arange(n_rows) if rows is None else rows
+        param = param if share_rows == 1 and rows is None else param[index // max(1, share_rows)]
+    if param.shape[1] > 1:
+        if cols is None:
+            return param.repeat_interleave(share_cols, 1)[:, :n_cols]
+        return param[:, cols // share_cols]
+    return param
+
+
+def _scaled(fmt: Format, w: Tensor, params: Params, cols: Tensor | None, rows: Tensor | None) -> Tensor:
+    """``w`` in units of the grid, zero point or minimum taken out; blocks whose scale is 0 give 0."""
+    w = w.to(torch.float32)
+    offset = None
+    if params.offset is not None:
+        offset = _spread(params.offset, fmt, *w.shape, cols, rows)
+    if fmt.min is not None:
+        w = w + offset
+    if params.scale is not None:
+        scale = _spread(params.scale, fmt, *w.shape, cols, rows)
+        w = torch.where(scale == 0, torch.zeros(()), w / scale)
+    return w.round() + offset if fmt.zero is not None else w
+
+
+# -- the seam ---------------------------------------------------------------------------------------------------------
+
+
+def encode(fmt: Format, w: Tensor, params: Stored, cols: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """See `Format.encode`. Rows are worked in chunks, so memory stays bounded."""
+    _need_stored(fmt, params)
+    step = max(1, CHUNK // max(1, w.shape[1]))
+    if w.shape[0] <= step:
+        return _round(fmt, _scaled(fmt, w, params, cols, rows), params.table, rows)
+    index = torch.arange(w.shape[0]) if rows is None else rows
+    parts = [
+        _round(fmt, _scaled(fmt, w[i : i + step], params, cols, index[i : i + step]), params.table, index[i : i + step])
+        for i in range(0, w.shape[0], step)
+    ]
+    return torch.cat(parts)
+
+
+def decode(fmt: Format, codes: Tensor, params: Stored, cols: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """See `Format.decode`: (code - zero) * scale, level * scale - min, or level * scale."""
+    _need_stored(fmt, params)
+    value = _level(fmt, codes, params.table, rows)
+    offset = _spread(params.offset, fmt, *value.shape, cols, rows) if params.offset is not None else None
+    if fmt.zero is not None:
+        value = value - offset
+    if params.scale is not None:
+        value = value * _spread(params.scale, fmt, *value.shape, cols, rows)
+    return value - offset if fmt.min is not None else value
+
+
+def _need_stored(fmt: Format, params: Params) -> None:
+    if not isinstance(params, Stored):
+        raise FormatError(f"{fmt}: encode and decode take stored parameters; call store() on what fit() returned")
+
+
+def nearest(fmt: Format, w: Tensor) -> Any:
+    """``w`` (rows, columns) rounded to ``fmt`` as a `QTensor`: fit, store, encode."""
+    from .qtensor import packed
+
+    params = store(fmt, fit(fmt, w))
+    return packed(fmt, encode(fmt, w, params), params, tuple(w.shape))
+
+
+def store(fmt: Format, params: Params) -> Stored:
+    """See `Format.store`. The scale first, then the offset, then the table."""
+    scale = _stored_part(fmt, fmt.scale, params.scale, "scale")
+    offset = _stored_part(fmt, fmt.zero or fmt.min, params.offset, "zero point" if fmt.zero else "minimum")
+    table = params.table
+    if isinstance(fmt.grid, Codebook) and table is not None:
+        _check_range(fmt, fmt.grid.entry, table, "table entry")
+        table = table.to(DTYPES[fmt.grid.entry])
+    return Stored(
+        scale=scale.matrix_values() if scale is not None else None,
+        offset=offset.matrix_values() if offset is not None else None,
+        table=table.float() if table is not None else None,
+        parts=(scale, offset, table),
+    )
+
+
+def _stored_part(fmt: Format, part: Format | None, values: Tensor | None, what: str) -> Any:
+    if part is None or values is None:
+        return None
+    if isinstance(part.grid, Real):
+        _check_range(fmt, part.grid.name, values, what)
+        values = _clear_of_zero(values, part.grid.name)
+    elif part.scale is None and what != "zero point":
+        top = max(abs(x) for x in part.extremes)
+        if values.numel() and values.abs().max() > top * (1 + 2.0**-4):
+            raise FormatError(f"{fmt}: a {what} of {values.abs().max():.3g} is above {top:.3g}, the largest that {part} holds; "
+                              f"store it as *{part}/tensor*fp32 or *fp32")  # fmt: skip
+    return nearest(part, values)
+
+
+def _check_range(fmt: Format, real: str, values: Tensor, what: str) -> None:
+    """Refuse values that overflow the stored float, or that are all so small that it holds nothing of them."""
+    peak = float(values.abs().max()) if values.numel() else 0.0
+    tiny, top = grids.REALS[real]
+    if peak > top or 0 < peak < 16 * tiny:
+        raise FormatError(f"{fmt}: a {what} of {peak:.3g} is outside {real}, which holds {tiny:.1e} to {top:.4g}; store it as fp32")
+
+
+def _clear_of_zero(values: Tensor, real: str) -> Tensor:
+    """A scale that would underflow becomes the smallest the type holds, so that its block stays within one step."""
+    tiny = grids.REALS[real][0]
+    return torch.where((values != 0) & (values.abs() < tiny), torch.copysign(torch.tensor(tiny), values), values)
+
+
+# -- fit --------------------------------------------------------------------------------------------------------------
+
+
+def from_range(fmt: Format, lo: Tensor, hi: Tensor, flip: bool = False) -> Params:
+    """See `Format.from_range`. ``flip`` asks for the negative scale (grids that reach further on one side)."""
+    low, high = fmt.extremes
+    lo, hi = lo.to(torch.float32), hi.to(torch.float32)
+    if fmt.scale is None and fmt.zero is None and fmt.min is None:
+        return Params()
+    if fmt.zero is not None or fmt.min is not None:
+        if fmt.zero is not None or not fmt.min.signed:  # type: ignore[union-attr]
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        scale = (hi - lo) / (high - low) if fmt.scale is not None else torch.ones_like(lo)
+        if fmt.min is not None:
+            return Params(scale, scale * low - lo)
+        zero = torch.where(scale > 0, low - lo / scale, torch.zeros(())).round().clamp(low, high)
+        return Params(scale, zero)
+    over, under = hi.clamp(min=0), lo.clamp(max=0)
+    if flip:
+        over, under = -under, -over
+    # A one-sided grid (uint8, int1) covers one side only.
+    above = over / high if high > 0 else torch.zeros_like(over)
+    below = under / low if low < 0 else torch.zeros_like(under)
+    return Params(-torch.maximum(above, below) if flip else torch.maximum(above, below))
+
+
+def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, table: Tensor | None = None) -> Params:
+    """See `Format.fit`: the scale that minimises the weighted squared error over a search, then least squares; learned tables by
+    exact 1-D k-means. A grid already present in the numbers is found and returned exactly (formats whose scale has no outer
+    scale)."""
+    w = w.to(torch.float32)
+    bad = ~torch.isfinite(w)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise FormatError(f"{int(bad.sum())} of {w.numel()} numbers are not finite, the first at {first}")
+    if isinstance(fmt.grid, Real):
+        peak = float(w.abs().max()) if w.numel() else 0.0
+        if peak > grids.REALS[fmt.grid.name][1]:
+            raise FormatError(f"a number of {peak:.3g} is outside {fmt.grid.name}, which holds up to {grids.REALS[fmt.grid.name][1]:.4g}")
+        return Params()
+    if importance is not None:
+        importance = importance.to(torch.float32).expand(w.shape)
+    if isinstance(fmt.grid, Codebook):
+        return _fit_codebook(fmt, w, importance, table)
+    if fmt.scale is None and fmt.zero is None and fmt.min is None:
+        return Params()
+    blocks = _Blocks(fmt, w, importance)
+    step = max(1, CHUNK // max(1, blocks.size))
+    found = [_search(fmt, *blocks.part(i, i + step)) for i in range(0, blocks.count, step)]
+    if not found:
+        empty = torch.zeros(blocks.grid)
+        return Params(empty, empty if fmt.zero or fmt.min else None)
+    scale = torch.cat([f.scale for f in found]).reshape(blocks.grid) if fmt.scale is not None else None
+    offset = torch.cat([f.offset for f in found]).reshape(blocks.grid) if found[0].offset is not None else None
+    return Params(scale, offset)
+
+
+class _Blocks:
+    """A matrix cut into the blocks that share a scale: (blocks, elements), short blocks completed with weightless zeros."""
+
+    def __init__(self, fmt: Format, w: Tensor, weight: Tensor | None) -> None:
+        rows, cols = w.shape
+        self.grid = fmt.share.grid((rows, cols))
+        self.block = fmt.share.block((rows, cols))
+        self.count, self.size = self.grid[0] * self.grid[1], self.block[0] * self.block[1]
+        fill = (0, self.grid[1] * self.block[1] - cols, 0, self.grid[0] * self.block[0] - rows)
+        if any(fill) and weight is None:
+            weight = torch.ones_like(w)
+        self.w = self._cut(torch.nn.functional.pad(w, fill)) if w.numel() else w.reshape(0, 0)
+        self.weight = self._cut(torch.nn.functional.pad(weight, fill)) if weight is not None and w.numel() else None
+        self.count = self.w.shape[0]
+
+    def _cut(self, w: Tensor) -> Tensor:
+        (gr, gc), (br, bc) = self.grid, self.block
+        return w.reshape(gr, br, gc, bc).permute(0, 2, 1, 3).reshape(gr * gc, br * bc)
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self.w[start:stop], self.weight[start:stop] if self.weight is not None else None
+
+
+def _ratios(fmt: Format) -> list[float]:
+    """Shares of the full range that the scale search tries."""
+    if fmt.scale is not None and isinstance(fmt.scale.grid, Levels) and fmt.scale.grid.name == "e8m0":
+        return [1.0, 0.5, 0.71, 1.42]
+    if fmt.bits >= 7:
+        return [1.0, 1 + 2.0**-10, *(1 - 0.015 * i for i in range(1, 13))]  # a scale rounded down to fp16 would clip the peak
+    return [1.0, 1.05, *(1 - 0.025 * i for i in range(1, 28))]
+
+
+def _search(fmt: Format, x: Tensor, weight: Tensor | None) -> Params:
+    """The best of a grid of ranges per block, then two rounds of least squares, each kept only where the error falls."""
+    inner = replace(fmt, share=CHANNEL)  # one block is one row here
+    lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    both = fmt.signed and fmt.extremes[0] != -fmt.extremes[1] and fmt.zero is None and fmt.min is None
+    flips = (False, True) if both and (fmt.scale is None or fmt.scale.signed) else (False,)
+    best = _settle(fmt, from_range(inner, lo, hi))
+    error = _error(inner, x, weight, best)
+
+    def offer(candidate: Params) -> None:
+        nonlocal best, error
+        candidate = _settle(fmt, candidate)
+        new = _error(inner, x, weight, candidate)
+        better = new < error
+        best = Params(*(None if a is None or b is None else torch.where(better, a, b)
+                        for a, b in ((candidate.scale, best.scale), (candidate.offset, best.offset))))  # fmt: skip
+        error = torch.where(better, new, error)
+
+    for candidate in _present(inner, x):
+        offer(candidate)
+    if not (error > 0).any():
+        return best
+    for ratio in _ratios(fmt):
+        for flip in flips:
+            offer(from_range(inner, lo * ratio, hi * ratio, flip))
+    for _ in range(2):
+        offer(_least_squares(inner, x, _round(inner, _scaled(inner, x, best, None, None), None, None), best, weight))
+    return best
+
+
+def _settle(fmt: Format, params: Params) -> Params:
+    """Round the scale and minimum as they will be stored, where that takes no outer scale."""
+
+    def one(part: Format | None, values: Tensor | None) -> Tensor | None:
+        if part is None or values is None or part.scale is not None:
+            return values
+        if isinstance(part.grid, Real):
+            values = _clear_of_zero(values.clamp(-grids.REALS[part.grid.name][1], grids.REALS[part.grid.name][1]), part.grid.name)
+        return _level(part, _round(part, values, None, None), None, None)
+
+    return Params(one(fmt.scale, params.scale), one(fmt.zero or fmt.min, params.offset))
+
+
+def _error(fmt: Format, x: Tensor, weight: Tensor | None, params: Params) -> Tensor:
+    """Weighted squared error of each row, (rows, 1)."""
+    stored = Stored(params.scale, params.offset, params.table)
+    diff = (decode(fmt, _round(fmt, _scaled(fmt, x, params, None, None), None, None), stored) - x).square()
+    return (diff if weight is None else diff * weight).sum(1, keepdim=True)
+
+
+def _present(fmt: Format, x: Tensor) -> list[Params]:
+    """Scales under which the rows may already lie on the grid: the largest number over each level it can stand for, and, for
+    integers, the smallest difference over 1 to 4. A sample of rows decides whether the idea is worth the pass."""
+    peak = x.abs().amax(1, keepdim=True)
+    lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    scales: list[Tensor] = []
+    if isinstance(fmt.grid, Levels):
+        tops = sorted({abs(v) for v in _tables(fmt.grid.name)[3].tolist()} - {0.0})
+        sample = x[:: max(1, x.shape[0] // 32)][:32]
+        distinct = max((len(row.unique()) for row in sample), default=0)
+        if distinct <= 2 * len(tops) + 1 and distinct < x.shape[1]:
+            signs = (1.0,) if fmt.extremes[0] == -fmt.extremes[1] else (1.0, -1.0)
+            scales = [sign * peak / top for top in tops for sign in signs]
+    elif isinstance(fmt.grid, Uniform):
+        ordered = torch.cat([x, torch.zeros_like(peak)], 1).sort(1).values if fmt.min is None else x.sort(1).values
+        gaps = ordered.diff(dim=1)
+        gap = torch.where(gaps > peak * 2.0**-20, gaps, torch.tensor(torch.inf)).amin(1, keepdim=True)
+        for parts in range(1, 5):
+            count = (peak / (gap / parts)).round().clamp(1, 2.0 ** (fmt.bits + 1))
+            exact = torch.where(torch.isfinite(gap), peak / count, torch.zeros(()))
+            scales += [exact, -exact] if fmt.signed and fmt.zero is None and fmt.min is None and fmt.bits < 8 else [exact]
+            if fmt.scale is not None and isinstance(fmt.scale.grid, Real) and fmt.scale.grid.name == "fp32":
+                scales += [torch.nextafter(exact, torch.tensor(bound)) for bound in (torch.inf, 0.0)]
+    low = fmt.extremes[0]
+    found = []
+    for scale in scales:
+        if fmt.zero is not None:
+            zero = torch.where(scale > 0, low - (lo.clamp(max=0) / scale), torch.zeros(())).round()
+            found.append(Params(scale, zero.clamp(*fmt.extremes)))
+        elif fmt.min is not None:
+            found.append(Params(scale, scale * low - (lo if fmt.min.signed else lo.clamp(max=0))))
+        else:
+            found.append(Params(scale))
+    sample = slice(None, None, max(1, x.shape[0] // 64))
+    del hi
+    return [p for p in found if _exact_somewhere(fmt, x[sample], p, sample)]
+
+
+def _exact_somewhere(fmt: Format, x: Tensor, params: Params, sample: slice) -> bool:
+    offset = params.offset[sample] if params.offset is not None else None
+    scale = params.scale[sample] if params.scale is not None else None
+    settled = _settle(fmt, Params(scale, offset))
+    spread = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) > 0
+    return bool(((_error(fmt, x, None, settled) == 0) & spread).any())
+
+
+def _least_squares(fmt: Format, x: Tensor, codes: Tensor, params: Params, weight: Tensor | None) -> Params:
+    """Scale (and minimum) of each row that fit ``x`` best given the codes; zero points stay."""
+    level = _level(fmt, codes, params.table, None)
+    h = torch.ones_like(x) if weight is None else weight
+    if fmt.zero is not None:
+        level = level - params.offset
+    if fmt.scale is None or params.scale is None:
+        return params
+    if fmt.min is None:
+        top, bottom = (h * level * x).sum(1, keepdim=True), (h * level * level).sum(1, keepdim=True)
+        scale = torch.where(bottom > 0, top / bottom, params.scale)
+        if not fmt.scale.signed:
+            scale = torch.where(scale > 0, scale, params.scale)
+        return Params(scale, params.offset)
+    total = h.sum(1, keepdim=True)
+    mean_l, mean_x = (h * level).sum(1, keepdim=True) / total, (h * x).sum(1, keepdim=True) / total
+    cov, var = (h * (level - mean_l) * (x - mean_x)).sum(1, keepdim=True), (h * (level - mean_l).square()).sum(1, keepdim=True)
+    scale = torch.where((var > 0) & (cov > 0), cov / var, params.scale)
+    offset = scale * mean_l - mean_x
+    return Params(scale, offset if fmt.min.signed else offset.clamp(min=0))
+
+
+def _fit_codebook(fmt: Format, w: Tensor, weight: Tensor | None, table: Tensor | None) -> Params:
+    """Scale each block by its largest magnitude, then learn the table of what results; twice, where scales are stored."""
+    base = fmt.grid
+    assert isinstance(base, Codebook)
+    scale = None
+    if fmt.scale is not None:
+        blocks = _Blocks(fmt, w, None)
+        scale = blocks.w.abs().amax(1).reshape(blocks.grid) if blocks.count else torch.zeros(blocks.grid)
+        if table is not None and table.numel():
+            scale = scale / table.abs().max()
+    params = Params(scale, None, table)
+    if table is not None or not w.numel():
+        return params if table is not None else replace(params, table=torch.zeros(1 if fmt.table != CHANNEL else w.shape[0], base.k, base.dim))
+    stored = Stored(_stored_scale(fmt, scale), None, None)
+    spread = None if stored.scale is None else _spread(stored.scale, fmt, *w.shape, None, None)
+    x = _scaled(fmt, w, stored, None, None)
+    # A block's error counts in the weight's own units, so its scale squared joins the importance.
+    h = weight
+    if spread is not None:
+        square = spread.square().expand(w.shape)
+        h = square if h is None else h * square
+    return replace(params, table=_learn(fmt, base, x, h))
+
+
+def _stored_scale(fmt: Format, scale: Tensor | None) -> Tensor | None:
+    part = _stored_part(fmt, fmt.scale, scale, "scale")
+    return part.matrix_values() if part is not None else None
+
+
+def _learn(fmt: Format, base: Codebook, x: Tensor, weight: Tensor | None) -> Tensor:
+    """The table (tables, k, dim) of scaled numbers ``x``."""
+    from .kmeans import kmeans, kmeans_vectors
+
+    if base.law == "log":
+        return _fit_log(base, x, weight, per_row=fmt.table == CHANNEL)
+    if base.dim > 1:
+        if fmt.table == CHANNEL:
+            raise FormatError(f"{fmt}: vector codebooks are shared by @tensor or @model")
+        short = -x.shape[1] % base.dim
+        points = torch.nn.functional.pad(x, (0, short)).reshape(-1, base.dim)
+        h = None if weight is None else torch.nn.functional.pad(weight, (0, short)).reshape(-1, base.dim).mean(1)
+        return kmeans_vectors(points, h, base.k)[None]
+    if fmt.table != CHANNEL:
+        x, weight = x.reshape(1, -1), None if weight is None else weight.reshape(1, -1)
+    return kmeans(x, weight, base.k)[..., None]
+
+
+def _fit_log(base: Codebook, x: Tensor, weight: Tensor | None, per_row: bool) -> Tensor:
+    """0 and +-top * b^-i with the base of least error, per row or for all rows; ``top`` is the largest magnitude."""
+    rows = x if per_row else x.reshape(1, -1)
+    h = None if weight is None else weight.reshape(rows.shape)
+    top = rows.abs().amax(1, keepdim=True)
+    powers = torch.arange((base.k - 1) // 2, dtype=torch.float32)
+    best = error = None
+    for b in [1.1 + 0.05 * i for i in range(29)]:
+        half = top * torch.tensor(b) ** -powers
+        table = torch.cat([-half, torch.zeros_like(top), half.flip(1)], 1)
+        middle = (table[:, 1:] + table[:, :-1]) / 2
+        near = torch.gather(table, 1, torch.searchsorted(middle, rows.contiguous(), right=True))
+        diff = (near - rows).square()
+        new = (diff if h is None else diff * h).sum(1, keepdim=True)
+        best = table if best is None or error is None else torch.where(new < error, table, best)
+        error = new if error is None else torch.minimum(new, error)
+    assert best is not None
+    return best[..., None]
+
+
+def refit(fmt: Format, w: Tensor, codes: Tensor, params: Stored, importance: Tensor | None = None) -> Params:
+    """See `Format.refit`: least-squares scales and minima per block; weighted means of a table's entries."""
+    w = w.to(torch.float32)
+    weight = None if importance is None else importance.to(torch.float32).expand(w.shape)
+    level = _level(fmt, codes, params.table, None)[:, : w.shape[1]]
+    if isinstance(fmt.grid, Codebook):
+        return replace(Params(params.scale, params.offset, params.table), table=_refit_table(fmt, w, codes, params, weight))
+    if params.scale is None:
+        return Params(params.scale, params.offset, params.table)
+    blocks, codes_of = _Blocks(fmt, w, weight), _Blocks(fmt, level, None)
+    inner = replace(fmt, share=CHANNEL)
+    flat = Params(params.scale.reshape(-1, 1), params.offset.reshape(-1, 1) if params.offset is not None else None)
+    uniform = replace(inner, grid=Uniform(16))  # levels stand in for codes: they are already decoded
+    found = _least_squares(uniform, blocks.w, codes_of.w, flat, blocks.weight)
+    shape = params.scale.shape
+    return Params(found.scale.reshape(shape) if found.scale is not None else None,
+                  found.offset.reshape(shape) if found.offset is not None else None)  # fmt: skip
+
+
+def _refit_table(fmt: Format, w: Tensor, codes: Tensor, params: Stored, weight: Tensor | None) -> Tensor:
+    assert params.table is not None
+    assert isinstance(fmt.grid, Codebook)
+    x = _scaled(fmt, w, params, None, None)
+    h = torch.ones_like(x) if weight is None else weight
+    if params.scale is not None:
+        h = h * _spread(params.scale, fmt, *w.shape, None, None).square()
+    dim = fmt.grid.dim
+    if fmt.grid.law:
+        return params.table
+    fill = (0, codes.shape[1] * dim - x.shape[1])
+    x, h = (torch.nn.functional.pad(t, fill).reshape(x.shape[0], -1, dim) for t in (x, h))
+    per_row = params.table.shape[0] > 1
+    index = codes.long() + (torch.arange(codes.shape[0])[:, None] * fmt.grid.k if per_row else 0)
+    size = params.table.shape[0] * fmt.grid.k
+    total = torch.zeros(size, dim, dtype=torch.float64).index_add_(0, index.reshape(-1), (x * h).reshape(-1, dim).double())
+    mass = torch.zeros(size, dim, dtype=torch.float64).index_add_(0, index.reshape(-1), h.reshape(-1, dim).double())
+    old = params.table.reshape(size, dim).double()
+    table = torch.where(mass > 0, total / mass, old).float().reshape(params.table.shape)
+    return table.sort(1).values if dim == 1 else table

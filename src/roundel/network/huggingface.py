@@ -1,0 +1,3 @@
+"""Temporary."""
+from ..readers.huggingface import hf_config, huggingface_skeleton
+__all__ = ["hf_config", "huggingface_skeleton"]

@@ -1,0 +1,324 @@
+"""`QModel`: a quantized model as a value, its one-file form on disk, and the modules that run it; not how it was made."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .files import AnyPath, read_header, read_safetensors, show, write_safetensors
+from .formats.codec import Stored
+from .formats.format import Format
+from .formats.qtensor import QTensor
+from .graph import Graph
+from .network.huggingface import huggingface_skeleton
+from .network.layer import Activation, FakeWeight, PackedWeight
+from .network.run import QGraphModule
+from .network.walk import install
+from .plan import Plan, When
+
+#: Version of the file format that is written; newer ones are refused.
+FORMAT_VERSION = 1
+
+#: The key of the safetensors metadata that holds everything but numbers.
+KEY = "roundel"
+
+
+class HF(msgspec.Struct, frozen=True):
+    """A transformers architecture, described by its ``config`` alone."""
+
+    config: dict[str, Any]
+
+
+class External(msgspec.Struct, frozen=True):
+    """A network that only its own code can build: ``package.module:factory``. Loading never imports it."""
+
+    factory: str
+
+
+Structure = Graph | HF | External
+
+
+class Note(msgspec.Struct, frozen=True):
+    """What was done to one tensor, site or layer beyond the plan's words, or what was left undone, and why."""
+
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class QModel:
+    """A quantized model: packed ``tensors``, stored ``activations``, the float ``rest``, and the ``structure`` that runs them.
+
+    ``tied`` maps a name to the earlier one whose tensor it shares. ``template`` is a live network that the module path puts packed
+    layers into; it is not saved. Every exporter reads only this value.
+    """
+
+    structure: Structure
+    tensors: Mapping[str, QTensor]
+    activations: Mapping[str, Activation]
+    plan: Plan
+    rest: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    template: nn.Module | None = None
+    path: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole model: packed weights with scales and tables, activation parameters, everything left float."""
+        parts = (part for a in self.activations.values() if a.params for part in a.params.parts[:2] if part is not None)
+        packed = sum(q.nbytes for q in self.tensors.values()) + sum(part.nbytes for part in parts)
+        return packed + sum(t.nbytes for t in self.rest.values())
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter, every byte of `nbytes` counted."""
+        count = sum(math.prod(q.shape) for q in self.tensors.values()) + sum(t.numel() for t in self.rest.values())
+        return 8 * self.nbytes / max(1, count)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The network, in evaluation mode, running from packed weights. Raises `InputError` for an External without its module."""
+        return _build(self, PackedWeight).eval()
+
+    def save(self, path: AnyPath) -> None:
+        """Write one safetensors file, atomically; equal models give equal bytes. See docs/file-format.md."""
+        tensors = dict(self.rest)
+        for name, q in self.tensors.items():
+            _add(tensors, _flat(name, q), path)
+        for site, activation in self.activations.items():
+            if activation.params is not None:
+                for part, q in zip(("scale", "offset"), activation.params.parts, strict=False):
+                    _add(tensors, _flat(f"activation:{site}.{part}", q) if q is not None else {}, path)
+        write_safetensors(path, tensors, {KEY: msgspec.json.encode(_Document.of(self), order="sorted").decode()})
+
+
+def fake(q: QModel) -> nn.Module:
+    """The fake-quantized twin of ``q.module``: real weights, encoded at each use, trainable, and equal to it bit for bit."""
+    return _build(q, FakeWeight).eval()
+
+
+def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
+    """Read a saved model. ``into`` is the network of an External structure; nothing that a file names is ever imported.
+
+    Raises `InputError` for a file that is damaged, not Roundel's, or of a newer format version.
+    """
+    _, metadata = read_header(path)
+    if KEY not in metadata:
+        raise InputError(f"{show(path)} is no Roundel model: its metadata has no {KEY!r}; quantize a float model first")
+    document = _Document.read(metadata[KEY], path)
+    flat, _ = read_safetensors(path)
+    try:
+        tensors = {name: _lift(name, e.format, tuple(e.shape), e.axis, flat) for name, e in document.tensors.items()}
+        activations = {}
+        for site, entry in document.activations.items():
+            fmt = Format.parse(entry.format)
+            params = _lift_params(f"activation:{site}", fmt, flat) if entry.when == "static" else None
+            activations[site] = Activation(fmt, entry.when, params)
+    except (KeyError, ValueError, RuntimeError, IndexError) as err:
+        raise InputError(f"{show(path)} is damaged: its tensors do not fit its description ({err})") from err
+    structure = document.structure_over({**tensors, **flat})
+    if into is not None and not isinstance(structure, External):
+        raise InputError(f"{show(path)} brings its own structure; load it without into=")
+    return QModel(structure, tensors, activations, document.plan, flat, document.provenance, document.notes,
+                  document.tied, document.format_version, into, str(path))  # fmt: skip
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+class _TensorEntry(msgspec.Struct, frozen=True):
+    format: str
+    shape: list[int]
+    axis: int = 0
+
+
+class _ActivationEntry(msgspec.Struct, frozen=True):
+    format: str
+    when: When
+
+
+class _Version(msgspec.Struct, frozen=True):
+    format_version: int
+
+
+class _Document(msgspec.Struct, frozen=True):
+    """What stands under `KEY`."""
+
+    format_version: int
+    structure: dict[str, Any]
+    tensors: dict[str, _TensorEntry]
+    activations: dict[str, _ActivationEntry]
+    plan: Plan
+    tied: dict[str, str]
+    notes: tuple[Note, ...]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, q: QModel) -> _Document:
+        if isinstance(q.structure, Graph):
+            structure: dict[str, Any] = {"kind": "graph", "graph": msgspec.json.decode(q.structure.to_json())}
+        elif isinstance(q.structure, HF):
+            structure = {"kind": "huggingface", "config": q.structure.config}
+        else:
+            structure = {"kind": "external", "factory": q.structure.factory}
+        return cls(
+            q.format_version,
+            structure,
+            {name: _TensorEntry(str(t.format), list(t.shape), t.axis) for name, t in q.tensors.items()},
+            {site: _ActivationEntry(str(a.format), a.when) for site, a in q.activations.items()},
+            q.plan,
+            dict(q.tied),
+            q.notes,
+            dict(q.provenance),
+        )
+
+    @classmethod
+    def read(cls, text: str, path: AnyPath) -> _Document:
+        try:
+            version = msgspec.json.decode(text, type=_Version).format_version
+            if version > FORMAT_VERSION:
+                raise InputError(f"{show(path)} has format version {version}; this Roundel reads up to {FORMAT_VERSION}: update it")
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, RecursionError) as err:
+            raise InputError(f"{show(path)}: its description is not readable: {err}") from err
+
+    def structure_over(self, constants: Mapping[str, Any]) -> Structure:
+        kind = self.structure.get("kind")
+        if kind == "graph":
+            text = msgspec.json.encode(self.structure.get("graph"))
+            return Graph.from_json(text, _Constants(constants))
+        if kind == "huggingface":
+            return HF(dict(self.structure.get("config") or {}))
+        if kind == "external":
+            return External(str(self.structure.get("factory")))
+        raise InputError(f"its structure is of unknown kind {kind!r}")
+
+
+class _Constants(Mapping[str, Any]):
+    """Names of a loaded graph's constants; the numbers stay packed, so a value is a shape without memory."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._meta = {
+            name: torch.empty(t.shape, device="meta") if isinstance(t, QTensor) else t
+            for name, t in tensors.items()
+            if isinstance(t, QTensor) or "activation:" not in name
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._meta[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._meta)
+
+    def __len__(self) -> int:
+        return len(self._meta)
+
+
+def _add(into: dict[str, Tensor], new: Mapping[str, Tensor], path: AnyPath) -> None:
+    if twice := into.keys() & new.keys():
+        raise InputError(f"cannot write {show(path)}: two tensors would be named {min(twice)!r}; rename the layer")
+    into.update(new)
+
+
+def _flat(name: str, q: QTensor) -> dict[str, Tensor]:
+    """The stored tensors of a `QTensor`: ``name.codes``, ``name.scale.codes``, ``name.offset.codes``, ``name.table`` ..."""
+    out = {f"{name}.codes": q.codes}
+    if q.scale is not None:
+        out |= _flat(f"{name}.scale", q.scale)
+    if q.offset is not None:
+        out |= _flat(f"{name}.offset", q.offset)
+    if q.table is not None:
+        out[f"{name}.table"] = q.table
+    return out
+
+
+def _lift(name: str, fmt: Format | str, shape: tuple[int, ...], axis: int, flat: dict[str, Tensor]) -> QTensor:
+    """The inverse of `_flat`; takes what it uses out of ``flat``."""
+    fmt = Format.parse(fmt) if isinstance(fmt, str) else fmt
+    codes = flat.pop(f"{name}.codes")
+    bare = QTensor(shape, fmt, codes, axis=axis)
+    rows, cols = bare.matrix
+    width = -(-(-(-cols // fmt.step) * fmt.bits) // 8)
+    if codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, width):
+        raise ValueError(f"{name}.codes should be uint8 of {(rows, width)}, is {codes.dtype} of {tuple(codes.shape)}")
+    blocks = fmt.share.grid(bare.matrix)
+    scale = _lift(f"{name}.scale", fmt.scale, blocks, 0, flat) if fmt.scale is not None else None
+    part = fmt.zero or fmt.min
+    offset = _lift(f"{name}.offset", part, blocks, 0, flat) if part is not None else None
+    table = flat.pop(f"{name}.table") if fmt.table is not None else None
+    return replace(bare, scale=scale, offset=offset, table=table)
+
+
+def _lift_params(name: str, fmt: Format, flat: dict[str, Tensor]) -> Stored:
+    """Stored parameters of an activation; their shape is that of their codes, one code a parameter."""
+
+    def one(part: Format | None, word: str) -> QTensor | None:
+        if part is None:
+            return None
+        rows = flat[f"{name}.{word}.codes"].shape[0]
+        return _lift(f"{name}.{word}", part, (rows, 1), 0, flat)
+
+    scale, offset = one(fmt.scale, "scale"), one(fmt.zero or fmt.min, "offset")
+    return Stored(
+        scale.matrix_values() if scale is not None else None, offset.matrix_values() if offset is not None else None, None, (scale, offset, None)
+    )
+
+
+# -- the modules ------------------------------------------------------------------------------------------------------
+
+
+def _build(q: QModel, weight: Callable[[QTensor], PackedWeight | FakeWeight]) -> nn.Module:
+    if isinstance(q.structure, Graph):
+        return QGraphModule(q.structure, q.tensors, q.activations, q.rest, weight)
+    template = q.template
+    if template is None:
+        if isinstance(q.structure, External):
+            raise InputError(f"this model's structure is {q.structure.factory}, which is never imported for you: "
+                             f"build it and pass it as load(path, into=module)")  # fmt: skip
+        template = huggingface_skeleton(q.structure.config)
+    module = _share(template)
+    _assign(module, q.rest, q.tied)
+    install(module, q.tensors, q.tied, q.activations, weight)
+    if empty := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
+        raise InputError(f"{len(empty)} tensors of the network are missing from the file, the first is {empty[0]!r}")
+    return module
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """A copy of the module tree over the same tensors, so that layers can be replaced without touching the original."""
+    memo = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, memo)
+
+
+def _assign(module: nn.Module, rest: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
+    """Put float tensors into their places; tied names share one parameter."""
+    made: dict[str, nn.Parameter] = {}
+    for name in [*rest, *(alias for alias, first in tied.items() if first in rest)]:
+        owner, _, leaf = name.rpartition(".")
+        try:
+            parent = module.get_submodule(owner)
+        except AttributeError as err:
+            raise InputError(f"the network has no {owner!r}, which the file's tensor {name!r} belongs to") from err
+        first = tied.get(name, name)
+        if leaf in parent._parameters:
+            old = parent._parameters[leaf]
+            if old is not None and old.shape != rest[first].shape:
+                raise InputError(f"{name!r} has shape {list(old.shape)} in the network and {list(rest[first].shape)} in the file")
+            made.setdefault(first, nn.Parameter(rest[first], requires_grad=rest[first].is_floating_point()))
+            parent._parameters[leaf] = made[first]
+        elif leaf in parent._buffers:
+            parent._buffers[leaf] = rest[first]
+        else:
+            raise InputError(f"the network's {owner or 'root'} has no parameter or buffer {leaf!r}; is it the model that was quantized?")

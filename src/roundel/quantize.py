@@ -1,0 +1,379 @@
+"""`quantize`: a float network, a plan and some data become a `QModel`; every decision is in the plan or in the notes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .calibrate import Progress, calibrate, list_of_batches, one_thread, run
+from .data import Batch, Preprocess, batches
+from .errors import CheckError, FormatError, InputError, PlanError
+from .evaluate import near_chance, predictions
+from .formats.format import MODEL, Format, with_real
+from .formats.grid import Levels, Real, Uniform
+from .formats.qtensor import QTensor, to_matrix
+from .graph import Graph, GraphModule
+from .network.capture import capture
+from .network.fuse import fuse
+from .network.huggingface import hf_config
+from .network.layer import Activation
+from .network.sites import find_sites, find_slots, find_weights
+from .network.walk import Leaf, leaf_slots, leaves, state
+from .plan import Choice, Plan
+from .qmodel import HF, External, Note, QModel, _Constants
+from .solvers import SOLVERS
+from .stats import Stats, find_range
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """One weight to quantize: its values and the axis of its outputs."""
+
+    name: str
+    weight: Tensor
+    axis: int
+
+
+def quantize(
+    model: nn.Module,
+    weights: str | None = "int8",
+    activations: str | None = None,
+    *,
+    data: Any = None,
+    solver: str = "rtn",
+    ranges: str = "minmax",
+    exclude: Iterable[str] = (),
+    plan: Plan | None = None,
+    preprocess: Preprocess | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> QModel:
+    """Quantize ``model`` after training.
+
+    ``weights`` is a format text. ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one
+    with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``.
+    ``ranges`` is minmax, average, percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan``
+    replaces all three by rules per layer. Labels in ``data`` are used to check that the float model works at all.
+
+    With ``strict`` anything that is left float unasked, or done in another way, is a `CheckError`. Raises `PlanError` for a plan
+    that does not fit the model, `InputError` for bad data or weights, `FormatError` for numbers that a format cannot hold.
+
+    >>> import torch
+    >>> q = quantize(torch.nn.Sequential(torch.nn.Linear(64, 10)), weights="int4/g32", data=[torch.randn(8, 64)])
+    >>> q.tensors["0.weight"].bits, q.module(torch.randn(2, 64)).shape
+    (4.5, torch.Size([2, 10]))
+    """
+    _refuse(model, solver)
+    plan = plan or Plan.of(weights, activations, exclude)
+    items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
+    notes: list[Note] = []
+    with one_thread(), torch.no_grad():
+        training = model.training
+        model.eval()
+        try:
+            network = _network(model, items, notes)
+            table = network.resolve(plan)
+            if any(c and c.when == "static" for name, c in table.items() if name in network.sites) and items is None:
+                raise PlanError("static activations need calibration data: pass data=, or use ':dynamic' ranges, or weights alone")
+            _check_weights(network, table, notes)
+            if items is not None:
+                _check_float(network.module, items)
+            chosen = _activations(network, table, items or [], ranges, progress, notes)
+            tensors = _weights(network, table, solver, progress, notes)
+        finally:
+            model.train(training)
+    provenance = {
+        "roundel": __version__,
+        "torch": str(torch.__version__),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "solver": solver,
+        "ranges": ranges,
+        "seed": seed,
+        "calibration_batches": len(items) if items is not None else 0,
+    }
+    if preprocess is not None:
+        provenance["preprocess"] = preprocess.to_dict()
+    if strict and notes:
+        raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in notes[:5])
+                         + (f"; and {len(notes) - 5} more" if len(notes) > 5 else ""))  # fmt: skip
+    return network.finish(tensors, chosen, plan, provenance, tuple(notes))
+
+
+# -- the two kinds of network: a graph, or modules ---------------------------------------------------------------------
+
+
+class _GraphNetwork:
+    """A fused graph: every edge is a site."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.module: nn.Module = GraphModule(graph).eval()
+        self.groups = find_sites(graph)
+        self.found = find_weights(graph)
+        self.targets = [
+            _Target(name, graph.constants[name], 1 if node.op == "conv_transpose" and node.attrs.get("groups", 1) == 1 else 0)
+            for name, node in self.found.items()
+        ]
+        self.sites: set[str] = set()
+
+    def resolve(self, plan: Plan) -> dict[str, Choice | None]:
+        """Static rules decide sites, dynamic ones the inputs of weighted layers; a plan may hold both."""
+        static, dynamic = find_slots(self.graph, True), find_slots(self.graph, False)
+        both = {slot.name: slot for slot in [*static, *dynamic]}
+        table = plan.resolve(both.values())
+        weights = {slot.name for slot in static if slot.kind == "weight"}
+        whole = {slot.name for slot in static} - weights
+        kept: dict[str, Choice | None] = {name: table[name] for name in weights}
+        for name in whole:
+            kept[name] = c if (c := table[name]) is None or c.when == "static" else None
+        inputs = {f"{node.name}.input": node for node in self.graph.nodes}
+        for slot in dynamic:
+            if slot.kind == "activation" and (c := table[slot.name]) is not None and c.when == "dynamic":
+                site = self.groups.root.get(inputs[slot.name].inputs[0])
+                if site is None or kept.get(site) is None:
+                    kept[slot.name] = c
+        self.sites = whole | {slot.name for slot in dynamic if slot.kind == "activation"}
+        return kept
+
+    def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
+        return calibrate(self.module, items, only=only, progress=progress)
+
+    def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
+               notes: tuple[Note, ...]) -> QModel:  # fmt: skip
+        rest = {name: t.detach().clone() for name, t in self.graph.constants.items() if name not in tensors}
+        structure = replace(self.graph, constants=_Constants({**tensors, **rest}))
+        said = tuple(Note("model", text) for text in self.graph.notes)
+        return QModel(structure, tensors, chosen, plan, rest, provenance, said + notes)
+
+
+class _ModuleNetwork:
+    """An ordinary network whose weighted leaf modules are replaced; the sites are their inputs."""
+
+    def __init__(self, module: nn.Module, notes: list[Note]) -> None:
+        self.module = module
+        self.found: dict[str, Leaf] = leaves(module)
+        self.tied = _ties(module)
+        self.targets = [_Target(f"{name}.weight", one.weight, one.axis) for name, one in self.found.items()
+                        if f"{name}.weight" not in self.tied]  # fmt: skip
+        self.sites = {f"{name}.input" for name in self.found}
+        left = [name for name, p in module.named_parameters() if p.ndim >= 2 and name.rpartition(".")[0] not in self.found]
+        if left:
+            notes.append(Note("model", f"{len(left)} parameters are in no layer that Roundel quantizes and stay float: {_some(left)}"))
+
+    def resolve(self, plan: Plan) -> dict[str, Choice | None]:
+        table = plan.resolve(leaf_slots(self.found))
+        for alias, first in self.tied.items():
+            if alias in table and first in table and table[alias] != table[first]:
+                raise PlanError(f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither")
+        return {name: c for name, c in table.items() if name not in self.tied}
+
+    def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
+        return calibrate(self.module, items, only=only, progress=progress)
+
+    def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
+               notes: tuple[Note, ...]) -> QModel:  # fmt: skip
+        gone = set(tensors) | {alias for alias, first in self.tied.items() if first in tensors}
+        rest = {name: t for name, t in state(self.module).items() if name not in gone and name not in self.tied}
+        config = hf_config(self.module)
+        kind = type(self.module)
+        structure = HF(config) if config is not None else External(f"{kind.__module__}:{kind.__qualname__}")
+        return QModel(structure, tensors, chosen, plan, rest, provenance, notes, self.tied, template=self.module)
+
+
+def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> _GraphNetwork | _ModuleNetwork:
+    """A graph where the model is one or can be captured; transformers models and what cannot be captured go the module path."""
+    if isinstance(model, GraphModule):
+        return _GraphNetwork(fuse(model.graph))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(f"the weights are not loaded: {name!r} is on the meta device")
+    if hf_config(model) is not None:
+        return _ModuleNetwork(model, notes)
+    if items is None:
+        notes.append(Note("model", "no data to trace it with, so the file holds no structure: load it with load(path, into=module)"))
+        return _ModuleNetwork(model, notes)
+    example = items[0].named or items[0].args
+    try:
+        return _GraphNetwork(fuse(capture(model, example)))
+    except InputError as err:
+        notes.append(Note("model", f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only"))
+        return _ModuleNetwork(model, notes)
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Name -> the earlier name of the same tensor, over the whole state."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    ties = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_meta:
+            key = (tensor.data_ptr(), tensor.shape)
+            if key in first:
+                ties[name] = first[key]
+            first.setdefault(key, name)
+    return ties
+
+
+# -- checks before any work -------------------------------------------------------------------------------------------
+
+
+def _refuse(model: object, solver: str) -> None:
+    if isinstance(model, QModel):
+        raise PlanError("this model is quantized already; start from the float model")
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"a model is a torch.nn.Module, got {type(model).__name__}; roundel.read(path) makes one from a file or folder")
+    if solver not in SOLVERS:
+        raise PlanError(f"there is no solver {solver!r}; there are {', '.join(SOLVERS)}")
+    for name, child in model.named_modules():
+        where = type(child).__module__
+        if "quantized" in where or where.startswith(("bitsandbytes", "torchao", "auto_gptq", "gptqmodel")) or where.startswith("roundel.network"):
+            raise PlanError(f"{name or 'the model'} is a {type(child).__name__}: it is quantized already; start from the float model")
+
+
+def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, Choice | None], notes: list[Note]) -> None:
+    """Numbers that are not finite, formats that cannot apply, groups that do not divide: all before the work starts."""
+    short: dict[int, list[str]] = {}
+    for target in network.targets:
+        w = target.weight
+        bad = ~torch.isfinite(w)
+        if bool(bad.any()):
+            first = tuple(bad.nonzero()[0].tolist())
+            raise InputError(f"{target.name}: {int(bad.sum())} of {w.numel()} weights are not finite, the first at {first}; repair the model")
+        choice = table.get(target.name)
+        if choice is None:
+            continue
+        if choice.format.table == MODEL:
+            raise PlanError(f"{target.name}: a table shared by the model ({choice.format}) is not built yet; use @tensor or @channel")
+        cols = to_matrix(w, target.axis).shape[1]
+        group = choice.format.share.cols
+        if group and cols % group:
+            short.setdefault(group, []).append(target.name)
+        _check_outlier(target, choice.format, notes)
+    for group, names in short.items():
+        notes.append(Note("groups", f"groups of {group} do not divide the rows of {len(names)} tensors, whose last group is short: {_some(names)}"))
+
+
+def _check_outlier(target: _Target, fmt: Format, notes: list[Note]) -> None:
+    """One huge number costs all its neighbours their codes; say which."""
+    w = to_matrix(target.weight, target.axis).float().abs()
+    if w.shape[1] < 2 or not w.numel():
+        return
+    peak = w.amax()
+    middle = w.mean() - peak / w.numel()
+    if peak > 1e4 * middle > 0:
+        where = tuple(divmod(int(w.argmax()), w.shape[1]))
+        notes.append(Note(target.name, f"an outlier of {float(peak):.3g} at {where} is {float(peak / middle):.0f} times the mean: "
+                                       "the numbers that share its scale lose their codes"))  # fmt: skip
+
+
+def _check_float(module: nn.Module, items: list[Batch]) -> None:
+    """Where there are labels, the float model must know more than chance, or its inputs are not what it was trained on."""
+    right = total = classes = 0
+    for batch in items:
+        if batch.target is None or batch.target.ndim != 1 or batch.target.is_floating_point():
+            return
+        scores = predictions(run(module, batch))
+        if scores.ndim != 2 or scores.shape[0] != batch.target.shape[0]:
+            return
+        classes = scores.shape[1]
+        right += int((scores.argmax(1) == batch.target).sum())
+        total += batch.target.shape[0]
+    if total and near_chance(right / total, classes, total):
+        raise InputError(f"the float model itself gets {right} of {total} right ({classes} classes), which is chance: "
+                         "check the preprocessing (mean, std, scale, channel order) and the labels before quantizing")  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+def _activations(
+    network: _GraphNetwork | _ModuleNetwork,
+    table: Mapping[str, Choice | None],
+    items: list[Batch],
+    ranges: str,
+    progress: Progress | None,
+    notes: list[Note],
+) -> dict[str, Activation]:
+    wanted = {name: c for name, c in table.items() if name in network.sites and c is not None}
+    static = {name for name, c in wanted.items() if c.when == "static"}
+    stats = network.stats(items, static, progress) if static else {}
+    chosen: dict[str, Activation] = {}
+    for name, choice in wanted.items():
+        if choice.when == "dynamic":
+            chosen[name] = Activation(choice.format, "dynamic")
+        elif name in stats:
+            chosen[name] = _static(name, choice.format, stats[name], ranges)
+        else:
+            notes.append(Note(name, "no value passed here during calibration; it stays float"))
+    return chosen
+
+
+def _static(name: str, fmt: Format, seen: Stats, ranges: str) -> Activation:
+    if fmt.share.word != "tensor":
+        raise PlanError(f"site {name!r}: static activations share one scale per tensor, got {fmt}; use /tensor, or ':dynamic' for tokens and groups")
+    if isinstance(fmt.grid, Real):
+        return Activation(fmt, "static", fmt.store(fmt.from_range(torch.zeros(1, 1), torch.zeros(1, 1))))
+    low, high = fmt.extremes if isinstance(fmt.grid, Uniform) else (-(2 ** (fmt.bits - 1) - 1), 2 ** (fmt.bits - 1) - 1)
+    lo, hi = find_range(seen, ranges, int(low), int(high))
+    params = fmt.from_range(torch.full((1, 1), lo), torch.full((1, 1), hi))
+    try:
+        return Activation(fmt, "static", fmt.store(params))
+    except FormatError as err:
+        raise FormatError(f"site {name!r}, range {lo:.3g} to {hi:.3g}: {err}") from err
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _weights(
+    network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, Choice | None], solver: str, progress: Progress | None, notes: list[Note]
+) -> dict[str, QTensor]:
+    solve = SOLVERS[solver]
+    tensors: dict[str, QTensor] = {}
+    for i, target in enumerate(network.targets):
+        choice = table.get(target.name)
+        if choice is not None and target.weight.numel() == 0:
+            notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
+        elif choice is not None:
+            tensors[target.name] = _solve(solve, target, choice.format, notes)
+        if progress:
+            progress("quantize", i + 1, len(network.targets))
+    return tensors
+
+
+def _solve(solve: Callable[..., QTensor], target: _Target, fmt: Format, notes: list[Note]) -> QTensor:
+    """Solve one weight; its scales are stored as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
+    wide = with_real(fmt, "fp32")
+    if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(solve, target, wide):
+        kept = solve(target.weight, wide, axis=target.axis)
+        if torch.equal(kept.dequantize(), target.weight.float()):
+            narrow = solve(target.weight, fmt, axis=target.axis)
+            if torch.equal(narrow.dequantize(), target.weight.float()):
+                return narrow
+            notes.append(Note(target.name, f"its numbers already lie on the grid of {wide}: the scale is kept as fp32, so that they come back exactly"))
+            return kept
+    try:
+        return solve(target.weight, fmt, axis=target.axis)
+    except FormatError as err:
+        if wide == fmt:
+            raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: {err}") from err
+        notes.append(Note(target.name, f"{err}; done, as {wide}"))
+        return solve(target.weight, wide, axis=target.axis)
+
+
+def _on_grid(solve: Callable[..., QTensor], target: _Target, fmt: Format) -> bool:
+    """Whether a few rows of a tensor come back exactly, so that trying the whole is worth it."""
+    rows = to_matrix(target.weight, target.axis)[:4].float()
+    try:
+        return torch.equal(solve(rows, fmt).dequantize(), rows)
+    except FormatError:
+        return False

@@ -1,0 +1,90 @@
+"""`read`: any supported file or folder -> an ordinary `nn.Module`; each kind of file has a module of its own here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..errors import InputError
+from ..files import AnyPath, open_regular, read_header, show
+
+__all__ = ["read", "reader_notes"]
+
+_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def read(path: AnyPath, *, inputs: Sequence[int | str] | None = None, state: AnyPath | None = None) -> nn.Module:
+    """Read a float model.
+
+    ``path`` is a ``.tflite`` file, a Hugging Face folder (with ``config.json``), or ``package.module:factory``: a function or
+    class of yours that returns the module, whose weights come from the checkpoint ``state``. ``inputs`` starts a ``.tflite``
+    at these tensors (index or name) instead of its own inputs. The module is in evaluation mode; what the reader wants the
+    user to know is in `reader_notes`. Raises `InputError` that says what was found and what to do; nothing that a model file
+    contains is ever run.
+    """
+    text = os.fsdecode(path)
+    if not os.path.lexists(text) and _FACTORY.fullmatch(text):
+        _only(inputs is None, "inputs= starts a .tflite at other tensors; a factory's module has none")
+        from .factory import read_factory
+
+        return read_factory(text, state)
+    _only(state is None, f"state= belongs to a factory (package.module:factory); {show(path)} brings its own weights")
+    if os.path.isdir(text):
+        _only(inputs is None, f"inputs= starts a .tflite at other tensors; {show(path)} is a folder")
+        if not os.path.lexists(os.path.join(text, "config.json")):
+            raise InputError(f"{show(path)} is a folder without config.json; a Hugging Face folder has one")
+        from .huggingface import read_folder
+
+        return read_folder(path)
+    kind = _kind(path)
+    if kind == "tflite":
+        from ..graph import GraphModule
+        from .tflite import read_tflite
+
+        return GraphModule(read_tflite(path, inputs=inputs)).eval()
+    raise InputError(f"{show(path)} {_INSTEAD[kind]}")
+
+
+def reader_notes(module: nn.Module) -> tuple[str, ...]:
+    """The sentences that the reader of this module left for the user: what was expanded, dropped or ignored."""
+    graph = getattr(module, "structure", None)
+    return tuple(getattr(module, "roundel_notes", ())) + tuple(getattr(graph, "notes", ()))
+
+
+#: What to say of files that are recognised but are not a float model by themselves.
+_INSTEAD = {
+    "roundel": "is a quantized Roundel model; open it with roundel.load(path)",
+    "weights": "holds weights without their network: name the function that builds it, package.module:factory, and give the "
+    "file as state (on the command line: --state)",
+    "onnx": "is an ONNX model, which cannot be read yet; give the PyTorch module as package.module:factory, or a .tflite",
+    "gguf": "is a GGUF file, which cannot be read yet; give the Hugging Face folder it was made from",
+    "": "is no model file that Roundel knows; it reads .tflite, Hugging Face folders and package.module:factory with state",
+}
+
+
+def _kind(path: AnyPath) -> str:
+    """What a file is, by its first bytes; by its suffix only for ONNX, which has none of its own."""
+    with open_regular(path) as file:
+        head = file.read(16)
+    if head[4:8] == b"TFL3":
+        return "tflite"
+    if head[8:9] == b"{":
+        return "roundel" if "roundel" in read_header(path)[1] else "weights"
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return "weights"
+    if head[:4] == b"GGUF":
+        return "gguf"
+    suffix = os.path.splitext(os.fsdecode(path))[1].lower()
+    if suffix == ".onnx":
+        return "onnx"
+    if suffix == ".tflite":
+        return "tflite"  # its own reader says best what is wrong with it
+    return ""
+
+
+def _only(fits: bool, otherwise: str) -> None:
+    if not fits:
+        raise InputError(otherwise)

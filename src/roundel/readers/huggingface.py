@@ -1,0 +1,275 @@
+"""Hugging Face folders -> ordinary transformers models, from local files only; no code of a folder is ever run."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import AnyPath, nearest, open_regular, read_header, read_safetensors, show
+from .torchfile import read_state
+
+#: Keys of config.json that say where it came from or what may be downloaded; they decide nothing about the model.
+_IGNORED = ("_name_or_path", "auto_map", "custom_pipelines", "_commit_hash", "trust_remote_code")
+
+#: Weight files in the order of preference; the second of each pair indexes several shards.
+_WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+
+
+def read_folder(path: AnyPath) -> nn.Module:
+    """The model of a Hugging Face folder, in evaluation mode and in its stored dtype, with `roundel_notes` for the user.
+
+    The class is the one that ``architectures`` names among transformers' own. Weights come from safetensors, or from
+    ``.bin`` through the weights-only reader. Raises `InputError` before any weight is read for a missing shard, an index that
+    lists an unknown file or leads out of the folder, a model that is quantized already, or an architecture that needs code
+    from the folder; and afterwards for weights that are missing or have the wrong shape.
+    """
+    folder = Path(os.fsdecode(path))
+    raw = _json(folder, "config.json")
+    if "quantization_config" in raw:
+        method = _text(raw["quantization_config"], "quant_method")
+        raise InputError(f"{show(path)} is quantized already (quantization_config: {method!r}); start from the float model")
+    notes = []
+    if "auto_map" in raw:
+        notes.append("config.json brings code of its own (auto_map); it is ignored, transformers' built-in class is used")
+    shards = _shards(folder)
+    config, cls = _resolve(raw, show(path))
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            tensors = read_safetensors(shard)[0]
+        else:
+            tensors, said = read_state(shard)
+            notes += said
+        if twice := state.keys() & tensors.keys():
+            raise InputError(f"{show(path)}: two shards hold the tensor {min(twice)!r}")
+        state |= tensors
+    if not state:
+        raise InputError(f"{show(path)} holds no weights: its files are empty")
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    if len(dtypes) > 1:
+        notes.append(f"weights are stored in {', '.join(sorted(map(str, dtypes)))}; all are read as float32")
+    with _quiet():
+        try:
+            module, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+            raise InputError(f"{show(path)}: transformers cannot load it as {cls.__name__}: {_first_line(err)}") from err
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        raise InputError(f"{show(path)}: weight {name!r} has shape {list(found)}, config.json asks for {list(wanted)}")
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(map(repr, missing[:4])) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise InputError(
+            f"{show(path)}: weights of {cls.__name__} are missing: {shown}; name the class they were saved from in config.json"
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        shown = ", ".join(map(repr, extra[:4])) + (" ..." if len(extra) > 4 else "")
+        notes.append(f"{len(extra)} stored tensors are not part of {cls.__name__} and left out: {shown}")
+    module.roundel_notes = tuple(notes)
+    return module.eval()
+
+
+def hf_config(module: nn.Module) -> dict[str, Any] | None:
+    """What `huggingface_skeleton` needs to build ``module`` again: its whole config as plain JSON with the class under
+    ``architectures``, no paths in it; None for a module that is no transformers model."""
+    config: Any = getattr(module, "config", None)
+    if not (hasattr(config, "to_json_string") and type(module).__module__.startswith("transformers.")):
+        return None
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()), "float32")
+    return {k: v for k, v in plain.items() if k not in _IGNORED} | {"architectures": [type(module).__name__], "dtype": dtype}
+
+
+def huggingface_skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """The model that a config dict describes, with parameters on the meta device (no memory) and true buffers.
+
+    Buffers (rotary frequencies, position ids) are small and computed, not stored, so they are made for real. The result is
+    in evaluation mode and waits for its weights. Raises `InputError` as `read_folder` does for the config.
+    """
+    settings, cls = _resolve(dict(config), "the stored config")
+    before = torch.get_default_dtype()
+    with _quiet(), _meta_parameters():
+        try:
+            torch.set_default_dtype(getattr(torch, str(config.get("dtype") or "float32"), torch.float32))
+            module: nn.Module = cls(settings)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
+            raise InputError(f"the stored config does not describe a {cls.__name__}: {_first_line(err)}") from err
+        finally:
+            torch.set_default_dtype(before)
+    return module.eval()
+
+
+def read_tokenizer(path: AnyPath) -> Callable[[str], list[int]]:
+    """The function text -> token ids of a folder's ``tokenizer.json``, special tokens included, nothing cut or padded."""
+    file = Path(os.fsdecode(path))
+    file = file / "tokenizer.json" if file.is_dir() else file
+    with open_regular(file) as handle:
+        text = handle.read()
+    try:
+        import tokenizers
+    except ImportError as err:
+        raise InputError("reading text needs the package tokenizers: pip install 'roundel[hf]'") from err
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text.decode())
+    except Exception as err:  # the library raises the bare class
+        raise InputError(f"{show(file)} is no tokenizer: {_first_line(err)}") from err
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text).ids)
+
+    return encode
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    with open_regular(_inside(folder, name)) as file:
+        text = file.read()
+    try:
+        value = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as err:
+        raise InputError(f"{show(folder / name)} is no JSON table: {_first_line(err)}") from err
+    return value
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file ``name`` of a folder; refused when it is, or links to, something outside.
+
+    A link may lead from ``snapshots/<revision>`` to ``blobs`` of one repository, as Hugging Face's own cache is built.
+    """
+    root = Path(os.path.realpath(folder))
+    home = root.parent.parent if root.parent.name == "snapshots" else root
+    plain = Path(name)
+    if plain.is_absolute() or ".." in plain.parts or "\0" in name or not Path(os.path.realpath(root / name)).is_relative_to(home):
+        raise InputError(f"{show(folder)}: the file {name!r} lies outside the folder; it is refused")
+    return folder / name
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files to read, every one checked to be there and inside the folder."""
+    for single, index in _WEIGHTS:
+        if os.path.lexists(folder / single):
+            return [_there(folder, single)]
+        if not os.path.lexists(folder / index):
+            continue
+        weight_map = _json(folder, index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise InputError(f"{show(folder / index)} has no 'weight_map' from tensor names to files")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            _inside(folder, name)
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise InputError(
+                f"{show(folder)}: {index} lists {missing[0]!r}, which is not there"
+                f" ({len(missing)} of {len(names)} files missing); download the model again"
+            )
+        if unfit := [name for name in names if Path(name).suffix != Path(single).suffix]:
+            raise InputError(f"{show(folder)}: {index} lists {unfit[0]!r}, which is no {Path(single).suffix} file")
+        return [_there(folder, name, [k for k, v in weight_map.items() if v == name]) for name in names]
+    raise InputError(f"{show(folder)} has no weights; expected one of: {', '.join(name for pair in _WEIGHTS for name in pair)}")
+
+
+def _there(folder: Path, name: str, promised: Sequence[str] = ()) -> Path:
+    """The shard, its header sound and with every tensor that the index promises in it."""
+    path = _inside(folder, name)
+    if path.suffix == ".safetensors":
+        entries = read_header(path)[0]
+        if lost := [key for key in promised if key not in entries]:
+            raise InputError(f"{show(path)} lacks the tensor {lost[0]!r} that the index promises; download the model again")
+    return path
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as err:
+        raise InputError("a Hugging Face model needs the package transformers: pip install 'roundel[hf]'") from err
+    return transformers
+
+
+def _resolve(raw: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """(config object, model class) from a config's plain content; only classes of transformers itself."""
+    transformers = _transformers()
+    kind, architectures = raw.get("model_type"), raw.get("architectures") or []
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if not isinstance(kind, str) or kind not in known:
+        code = " and brings code of its own (auto_map), which is never run" if "auto_map" in raw else ""
+        raise InputError(
+            f"{where}: model_type {kind!r} is not built into transformers{code}; the nearest there: {nearest(str(kind), known)}"
+        )
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputError(f"{where}: 'architectures' is not a list of class names")
+    plain = {key: value for key, value in raw.items() if key not in (*_IGNORED, "model_type")}
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.for_model(kind, **plain)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as err:
+            raise InputError(f"{where}: config.json does not describe a {kind!r} model: {_first_line(err)}") from err
+    if not architectures:
+        return config, transformers.MODEL_MAPPING[type(config)]
+    cls: Any = getattr(transformers, architectures[0], None) if architectures[0].isidentifier() else None
+    if not (
+        isinstance(cls, type)
+        and issubclass(cls, transformers.PreTrainedModel)
+        and getattr(cls, "config_class", None) is type(config)
+    ):
+        raise InputError(f"{where}: {architectures[0]!r} is not a {kind!r} model of transformers {transformers.__version__}")
+    return config, cls
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, warnings or chatter of transformers inside; its settings are as before afterwards."""
+    log = _transformers().utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Every parameter registered inside moves to the meta device at once, before anything fills it."""
+
+    def to_meta(_module: nn.Module, _name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        if value is None or value.device.type == "meta":
+            return None  # as it is, so that tied parameters stay one
+        return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _text(value: Any, key: str) -> str:
+    return str(value.get(key)) if isinstance(value, dict) else str(value)
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]

@@ -1,0 +1,426 @@
+"""The command line: exit status, one-sentence errors, inert output, and the same results as the Python API."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import roundel as rd
+from roundel import cli
+from roundel.formats import ALIASES
+from roundel.formats.grid import TABLES
+
+HOSTILE = "</script><img onerror=x>\x1b]0;owned\x07\x1b[31m"
+
+NET = """
+    import torch
+    from torch import nn
+
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4))
+
+    def hostile():
+        net = nn.Module()
+        net.register_module(%r, nn.Linear(3, 2))
+        return net
+
+    def broken():
+        net = make()
+        net[0].weight.data[1, 0, 2, 1] = float("nan")
+        return net
+
+    def slow():
+        import time
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module that builds networks, and data whose labels are the float network's own answers."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "cli_nets.py").write_text(textwrap.dedent(NET % HOSTILE.replace(".", "")))
+    here = os.getcwd()
+    try:
+        os.chdir(folder)
+        net = rd.read("cli_nets:make")
+    finally:
+        os.chdir(here)
+    x = torch.randn(96, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    np.savez(folder / "calibrate.npz", x=x[:32].numpy(), y=y[:32].numpy())
+    np.savez(folder / "score.npz", x=x[32:].numpy(), y=y[32:].numpy())
+    return folder
+
+
+class Ran:
+    """What one in-process call of `roundel` did."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def roundel(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(work)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*args: object) -> Ran:
+        status = 0
+        try:
+            cli.main([str(arg) for arg in args])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Ran(status, *capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def refused(ran: Ran, *words: str) -> None:
+    """Exit status 2 and one line on stderr that holds ``words``."""
+    assert (ran.status, ran.out) == (2, "")
+    assert re.fullmatch(r"roundel: [^\n]+\n", ran.err)
+    assert "Traceback" not in ran.err
+    for word in words:
+        assert word in ran.err
+
+
+# -- help and formats -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("cli.commands")
+def test_every_command_has_help(roundel) -> None:  # type: ignore[no-untyped-def]
+    assert {"formats", "inspect", "calibrate", "quantize", "evaluate", "diff", "demo"} <= set(cli.cli.commands)
+    assert roundel().out == roundel("--help").out
+    for name, command in cli.cli.commands.items():
+        ran = roundel(name, "--help")
+        assert (ran.status, ran.err) == (0, "")
+        assert name in ran.out
+        assert command.help
+        for option in command.params:
+            shown = getattr(option, "help", None) or option.name in ("seed", "out")
+            assert shown or option.param_type_name == "argument", f"{name}: {option.name} has no help"
+
+
+@pytest.mark.proves("cli.quick")
+def test_help_and_formats_load_no_torch() -> None:
+    for args in (["--help"], ["quantize", "--help"], ["formats"], ["formats", "q4_k"]):
+        code = (
+            f"import sys, roundel.cli\ntry: roundel.cli.main({args})\nfinally: assert not {{'torch', 'numpy'}} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.proves("cli.formats")
+def test_formats_lists_the_whole_catalogue(roundel) -> None:  # type: ignore[no-untyped-def]
+    rows = json.loads(roundel("formats", "--json").out)
+    grids = {str(rd.Format.parse(row["format"]).grid) for row in rows}
+    assert set(TABLES) - {"e8m0"} <= grids  # e8m0 holds scales only
+    texts = {row["format"] for row in rows}
+    assert set(ALIASES) <= texts
+    bits = {row["format"]: row["bits_per_weight"] for row in rows}
+    side = 4096  # by hand: codes, then scales
+    assert bits["int4/g32"] == 4 + 16 / 32
+    assert bits["int8"] == 8 + 16 / side
+    assert bits["cb16/channel"] == 4 + 16 * 16 / side
+    assert bits["q4_k"] == 4.5
+    plain = roundel("formats").out.splitlines()
+    assert plain[0].split() == ["format", "canonical", "form", "bits/weight", "levels"]
+    assert {line.split()[0] for line in plain[1:] if line and " " in line} >= texts
+
+
+def test_formats_explains_one(roundel) -> None:  # type: ignore[no-untyped-def]
+    told = json.loads(roundel("formats", "uint4/g128*fp16~uint4", "--json").out)
+    assert told["canonical"] == "uint4/g128*fp16~uint4"
+    assert (told["levels"], told["lowest"], told["highest"]) == (16, 0, 15)
+    assert told["stored_beside_the_codes"] == [
+        "one scale (fp16) per 128 columns of a row",
+        "one zero point (uint4) per 128 columns of a row",
+    ]
+    assert "-1 -0.6962" in roundel("formats", "nf4").out
+    refused(roundel("formats", "int4/gg"), "int4/gg", "position", "gN")
+    refused(roundel("formats", "int4/g0"), "g32")
+
+
+# -- usage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("cli.exit-2")
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("quantise x", "quantize"),
+        ("quantize", "MODEL"),
+        ("quantize x --wieghts int8 -o y", "--weights"),
+        ("quantize cli_nets:make", "--output"),
+        ("quantize nowhere.tflite -o out.safetensors", "nowhere.tflite"),
+        ("quantize cli_nets:make --weights int4/q32 -o out.safetensors", "gN"),
+        ("quantize cli_nets:make --activations int8:often -o out.safetensors", "int8"),
+        ("quantize cli_nets:make --data none.npz -o out.safetensors", "none.npz"),
+        ("quantize cli_nets:nothing -o out.safetensors", "nothing"),
+        ("quantize no_such_module:make -o out.safetensors", "no_such_module"),
+        ("quantize cli_nets:make -o nowhere/out.safetensors", "nowhere"),
+        ("quantize cli_nets:make --seed x -o out.safetensors", "seed"),
+        ("evaluate none.safetensors --against cli_nets:make --data score.npz", "none.safetensors"),
+        ("inspect none.safetensors", "none.safetensors"),
+        ("diff none.safetensors other.safetensors", "none.safetensors"),
+        ("demo -o score.npz", "score.npz"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_status_2(roundel, work: Path, args: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    before = sorted(work.iterdir())
+    refused(roundel(*args.split()), words)
+    assert [p for p in sorted(work.iterdir()) if p.name != "__pycache__"] == [p for p in before if p.name != "__pycache__"]
+
+
+@pytest.mark.proves("cli.output-first")
+def test_output_is_tried_before_any_work(roundel, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """With an output that cannot be written, the model is never opened."""
+    monkeypatch.setattr("roundel.readers.read", lambda *a, **k: pytest.fail("the model was read"))
+    refused(roundel("quantize", "cli_nets:make", "-o", tmp_path / "missing" / "o"), "missing")
+    refused(roundel("quantize", "cli_nets:make", "-o", tmp_path), tmp_path.name)
+    refused(
+        roundel("evaluate", "a", "--against", "b", "--data", work / "score.npz", "--report", tmp_path / "missing" / "r.html"),
+        "missing",
+    )
+
+    def full(path: object, flags: int, *_: object, **__: object) -> int:
+        raise OSError(30, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        ran = roundel("quantize", "cli_nets:make", "-o", tmp_path / "o")
+    refused(ran, "Read-only file system")
+
+
+def test_errors_name_hostile_paths_inertly(roundel) -> None:  # type: ignore[no-untyped-def]
+    ran = roundel("inspect", f"{HOSTILE}.tflite")
+    assert ran.status == 2
+    assert "\x1b" not in ran.err
+    assert "\x07" not in ran.err
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.proves("cli.signals")
+def test_signals(work: Path, sent: signal.Signals, status: int) -> None:
+    command = [sys.executable, "-m", "roundel.cli", "inspect", "cli_nets:slow"]
+    with subprocess.Popen(
+        command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test runner in the background ignores it
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        child.send_signal(sent)
+        _, err = child.communicate(timeout=20)
+    assert child.returncode == status
+    assert re.fullmatch(r"roundel: (interrupted|terminated)\n", err)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m roundel.cli formats | head -n 1"
+    ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
+    assert (ran.stdout.split()[0], ran.stderr) == ("format", "")
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("cli.inspect")
+def test_inspect_a_module(roundel) -> None:  # type: ignore[no-untyped-def]
+    found = json.loads(roundel("inspect", "cli_nets:make", "--json").out)
+    net = rd.read("cli_nets:make")
+    rows = {row["name"]: row for row in found["tensors"]}
+    assert set(rows) == set(net.state_dict())
+    weight = net.state_dict()["4.weight"]
+    assert rows["4.weight"] == {
+        "name": "4.weight", "op": "Linear", "shape": [4, 96], "format": "float32", "nbytes": 4 * 96 * 4,
+        "low": weight.min().item(), "high": weight.max().item(),
+    }  # fmt: skip
+    assert found["nbytes"] == sum(t.nbytes for t in net.state_dict().values())
+    assert found["ops"]["Conv2d"] == 1
+    plain = roundel("inspect", "cli_nets:make").out
+    assert re.search(r"^0\.weight +Conv2d +6x1x3x3 +216 B ", plain, re.M)
+
+
+@pytest.mark.proves("cli.hostile-names")
+def test_hostile_layer_names_are_inert(roundel) -> None:  # type: ignore[no-untyped-def]
+    for args in ((), ("--json",)):
+        ran = roundel("inspect", "cli_nets:hostile", *args)
+        assert ran.status == 0
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", ran.out + ran.err)
+        assert "</script><img onerror=x>" in ran.out
+
+
+def test_inspect_says_what_is_odd() -> None:
+    net = torch.nn.Module()
+    net.a = torch.nn.Parameter(torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]]))
+    net.b = net.a
+    net.empty = torch.nn.Parameter(torch.zeros(0, 4))
+    net.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+    net.register_buffer("count", torch.tensor(3))
+    net.register_buffer("mask", torch.tensor([True, False]))
+    net.far = torch.nn.Parameter(torch.empty(2, device="meta"))
+    net.small = torch.nn.Parameter(torch.tensor([0.5, -1.5]).to(torch.float8_e4m3fn), requires_grad=False)
+    found = rd.inspect(net)
+    rows, notes = {row.name: row for row in found.tensors}, dict(found.notes)
+    assert (rows["a"].low, rows["a"].high) == (-2.0, 1.0)
+    assert notes["a"] == "holds 2 values that are not finite, the first at (0, 1)"
+    assert found.notes.count(("b", "is tied to a: counted once")) == 1
+    assert "empty" in notes["empty"]
+    assert "complex" in notes["phase"]
+    assert "meta" in notes["far"]
+    assert (rows["count"].low, rows["mask"].low, rows["small"].low) == (3.0, 0.0, -1.5)
+    assert found.nbytes == 16 + 0 + 16 + 8 + 2 + 8 + 2
+    with pytest.raises(rd.InputError, match="got int"):
+        rd.inspect(3)
+
+
+def test_a_terminal_gets_a_table_and_a_pipe_gets_whole_names(roundel, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    long = "block." * 60 + "weight"
+    monkeypatch.setenv("COLUMNS", "40")
+    cli._table(("name", "n"), [(long, "1"), ("x", "22")], "lr")
+    plain = roundel("--version").out.splitlines()
+    assert plain[:3] == [f"{'name':<{len(long)}}   n", f"{long}   1", f"{'x':<{len(long)}}  22"]
+
+
+# -- the main job -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artifact(roundel, work: Path) -> Path:  # type: ignore[no-untyped-def]
+    out = work / "small.safetensors"
+    if not out.exists():
+        ran = roundel(
+            "quantize", "cli_nets:make", "--weights", "int4/g32", "--data", "calibrate.npz", "--metric", "top1", "-o", out
+        )
+        assert ran.status == 0, ran.err
+    return out
+
+
+@pytest.mark.proves("cli.quantize")
+def test_quantize_mirrors_the_api(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    out = work / "mirror.safetensors"
+    ran = roundel("quantize", "cli_nets:make", "--weights", "int4/g32", "--exclude", "4", "--data", "calibrate.npz", "-o", out)
+    assert ran.status == 0, ran.err
+    loaded, wanted = rd.load(out), rd.quantize(rd.read("cli_nets:make"), "int4/g32", exclude=("4",))
+    assert {n: str(t.format) for n, t in loaded.tensors.items()} == {n: str(t.format) for n, t in wanted.tensors.items()}
+    for name, tensor in wanted.tensors.items():
+        assert torch.equal(loaded.tensors[name].dequantize(), tensor.dequantize())
+    assert f"{out}: " in ran.out
+    assert "bits per parameter" in ran.out
+
+
+@pytest.mark.proves("cli.default-int8")
+def test_without_a_format_int8_is_chosen_and_said(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = roundel("quantize", "cli_nets:make", "-o", work / "default.safetensors")
+    assert ran.status == 0, ran.err
+    assert "int8" in ran.err
+    assert {str(t.format) for t in rd.load(work / "default.safetensors").tensors.values()} == {"int8/channel*fp16"}
+
+
+def test_static_activations_and_ranges(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    out = work / "static.safetensors"
+    args = ("--weights", "int8", "--activations", "int8", "--ranges", "percentile:99.9", "--data", "calibrate.npz", "-o", out)
+    ran = roundel("quantize", "cli_nets:make", *args)
+    assert ran.status == 0, ran.err
+    assert rd.load(out).activations
+    assert "static" in roundel("inspect", out).out
+
+
+def test_a_plan_file_decides(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    (work / "plan.toml").write_text('[[rules]]\npattern = "*"\nweight = "int8"\n[[rules]]\npattern = "4"\nweight = "nf4/g32"\n')
+    ran = roundel("quantize", "cli_nets:make", "--plan", "plan.toml", "-o", work / "planned.safetensors")
+    assert ran.status == 0, ran.err
+    formats = {str(t.format) for t in rd.load(work / "planned.safetensors").tensors.values()}
+    assert formats == {"int8/channel*fp16", "nf4/g32*fp16"}
+
+
+def test_a_broken_weight_is_status_2_and_leaves_nothing(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    refused(roundel("quantize", "cli_nets:broken", "--weights", "int8", "-o", work / "broken.safetensors"), "weight", "1")
+    assert not list(work.glob("*broken*"))
+
+
+@pytest.mark.proves("cli.evaluate")
+def test_evaluate(roundel, work: Path, artifact: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    page = tmp_path / "report.html"
+    args = ("evaluate", artifact, "--against", "cli_nets:make", "--data", "score.npz", "--metric", "top1")
+    ran = roundel(*args, "--json", "--report", page)
+    assert ran.status == 0, ran.err
+    told = json.loads(ran.out)
+    net, q = rd.read("cli_nets:make"), rd.load(artifact)
+    x = torch.from_numpy(np.load(work / "score.npz")["x"])
+    with torch.no_grad():
+        p, r = net(x).log_softmax(1), q.module(x).log_softmax(1)
+    assert told["kl"] == pytest.approx((p.exp() * (p - r)).sum(1).mean().item(), rel=1e-3, abs=1e-7)
+    assert told["flips"] == pytest.approx((p.argmax(1) != r.argmax(1)).float().mean().item())
+    assert told["metric_float"] == 1.0
+    assert artifact.name in page.read_text(encoding="utf-8")
+    plain = roundel(*args).out
+    for word in ("size", "metric", "difference", "KL divergence", "flips", "SQNR", "latency"):
+        assert re.search(rf"^{word} +\S", plain, re.M), word
+
+
+@pytest.mark.proves("cli.exit-1")
+def test_a_missed_check_is_status_1(roundel, artifact: Path) -> None:  # type: ignore[no-untyped-def]
+    args = ("evaluate", artifact, "--against", "cli_nets:make", "--data", "score.npz")
+    assert roundel(*args, "--max-kl", 10, "--max-flips", 1).status == 0
+    ran = roundel(*args, "--max-kl", 1e-12)
+    assert ran.status == 1
+    assert re.fullmatch(r"roundel: the KL divergence is [^\n]+ above the limit [^\n]+\n", ran.err)
+
+
+@pytest.mark.proves("cli.inspect-artifact")
+def test_inspect_an_artifact(roundel, artifact: Path) -> None:  # type: ignore[no-untyped-def]
+    found = json.loads(roundel("inspect", artifact, "--json").out)
+    assert found["kind"] == "quantized"
+    assert "int4/g32*fp16" in {row["format"] for row in found["tensors"]}
+    assert found["nbytes"] == rd.load(artifact).nbytes
+
+
+@pytest.mark.proves("cli.diff")
+def test_diff(roundel, artifact: Path, work: Path) -> None:  # type: ignore[no-untyped-def]
+    other = work / "other.safetensors"
+    assert roundel("quantize", "cli_nets:make", "--weights", "int3", "-o", other).status == 0
+    ran = roundel("diff", artifact, other)
+    assert ran.status == 0, ran.err
+    assert "int4/g32*fp16" in ran.out
+    assert "int3/channel*fp16" in ran.out
+    assert json.loads(roundel("diff", artifact, other, "--json").out)
+
+
+@pytest.mark.proves("cli.calibrate")
+def test_calibrate(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = roundel("calibrate", "cli_nets:make", "--data", "calibrate.npz", "-o", "ranges.json")
+    assert ran.status == 0, ran.err
+    ranges = json.loads((work / "ranges.json").read_text())
+    x = np.load(work / "calibrate.npz")["x"]
+    spans = [(site["min"], site["max"]) for site in ranges.values()]
+    assert any(low == pytest.approx(float(x.min())) and high == pytest.approx(float(x.max())) for low, high in spans)
+    assert all(site in ran.out for site in ranges)
+
+
+def test_progress_is_for_terminals_only(roundel, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """A pipe sees nothing (the other tests compare stderr); on a terminal a bar says the stage and the time left."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._progress() as step:
+        assert step is not None
+        step("calibrating\x1b[2J", 1, 4)
+        step("calibrating\x1b[2J", 4, 4)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    with cli._progress() as step:
+        assert step is None
