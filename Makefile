@@ -11,7 +11,7 @@ demo: .venv/.demo  ## train a small CNN on real digits, quantize it, print the t
 	.venv/bin/roundel demo
 
 test: .venv/.dev  ## all tests but the soak
-	$(PY) -m pytest -n auto --dist loadgroup
+	$(PY) -m pytest -n auto --dist loadfile
 
 soak: .venv/.dev  ## the long counts: fuzzing, kills, nasty tensors (hours)
 	$(PY) -m pytest -m soak

@@ -1,6 +1,7 @@
-"""Codes and values of every grid against `ml_dtypes`, naive loops and hand-worked tables, and the text language; no solvers' quality."""
+"""Codes and values of every grid against `ml_dtypes`, naive loops and hand-worked tables, and the text language; no solvers."""
 
 import math
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +39,7 @@ def levels(name: str) -> np.ndarray:
     return np.arange(1 << bits, dtype=np.uint8).view(FLOATS[name]).astype(np.float32)
 
 
-@pytest.mark.proves("formats.float-codes")
+@pytest.mark.proves("formats.e4m3fn", "formats.e5m2", "formats.fp6", "formats.fp4", "formats.e8m0")
 @pytest.mark.parametrize("name", FLOATS)
 def test_every_code_decodes_as_in_ml_dtypes(name: str) -> None:
     expected = levels(name)
@@ -56,13 +57,14 @@ def probes(name: str) -> np.ndarray:
     return np.concatenate([HALVES[np.isfinite(HALVES)], values, middle, *near])
 
 
-@pytest.mark.proves("formats.float-codes")
+@pytest.mark.proves("formats.e4m3fn", "formats.e5m2", "formats.fp6", "formats.fp4", "formats.e8m0")
 @pytest.mark.parametrize("name", FLOATS)
 def test_every_half_and_every_tie_rounds_as_in_ml_dtypes(name: str) -> None:
     values = levels(name)
     finite = values[np.isfinite(values)]
     x = probes(name)
-    x = x[(x >= finite.min()) & (x <= finite.max())]
+    # float32 subnormals leave e8m0 out: ml_dtypes 0.6 rounds every one above 2^-127 up to 2^-126
+    x = x[(x >= max(finite.min(), np.finfo(np.float32).tiny if name == "e8m0" else -np.inf)) & (x <= finite.max())]
     codes = plain(name).encode(torch.from_numpy(x)[None], Stored())[0].numpy()
     expected = x.astype(FLOATS[name]).view(np.uint8)
     assert np.array_equal(values[codes], values[expected])
@@ -105,7 +107,7 @@ def naive(x: np.ndarray, scale: np.ndarray, group: int, low: int, high: int, zer
     return codes, values
 
 
-@pytest.mark.proves("formats.int")
+@pytest.mark.proves("formats.int", "formats.uint", "seam.encode-decode")
 @pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("kind", ["int", "uint", "uint~", "int~"])
 def test_integers_against_a_naive_loop(bits: int, kind: str) -> None:
@@ -126,6 +128,7 @@ def test_integers_against_a_naive_loop(bits: int, kind: str) -> None:
     assert form.decode(codes, params).flatten().tolist() == values
 
 
+@pytest.mark.proves("seam.encode-decode")
 def test_minimum_by_hand() -> None:
     form = Format.parse("uint2/tensor*fp32-fp32")
     params = Stored(torch.tensor([[0.5]]), torch.tensor([[1.0]]))  # values -1, -0.5, 0, 0.5
@@ -154,7 +157,7 @@ APOT = {  # magnitudes of Li et al. 2020, eq. 5 (k = 2; odd widths have one 1-bi
 }
 
 
-@pytest.mark.proves("formats.tables")
+@pytest.mark.proves("formats.ternary", "formats.binary", "formats.log")
 def test_tables_by_hand() -> None:
     assert table("ternary").values == (-1, 0, 1)
     assert table("binary").values == (-1, 1)
@@ -163,11 +166,11 @@ def test_tables_by_hand() -> None:
     assert table("log2").values == (-1, 0, 1)
     root = table("log4:1.414").values
     assert len(root) == 15
-    assert all(math.isclose(b / a, 1.414) for a, b in zip(root[8:], root[9:]))
+    assert all(math.isclose(b / a, 1.414) for a, b in pairwise(root[8:]))
     assert table("iq4nl").values == (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-@pytest.mark.proves("formats.tables")
+@pytest.mark.proves("formats.apot")
 @pytest.mark.parametrize("bits", APOT)
 def test_additive_powers_of_two(bits: int) -> None:
     top = max(APOT[bits])
@@ -176,7 +179,7 @@ def test_additive_powers_of_two(bits: int) -> None:
     assert table(f"apot{bits}").values == tuple(expected)
 
 
-@pytest.mark.proves("formats.tables")
+@pytest.mark.proves("formats.nf4")
 def test_nf4_is_the_quantiles_of_a_normal() -> None:
     """QLoRA, appendix E: 8 quantiles below and 9 above share the zero, scaled to [-1, 1]."""
     end = (1 - 1 / 30 + 1 - 1 / 32) / 2
@@ -185,7 +188,10 @@ def test_nf4_is_the_quantiles_of_a_normal() -> None:
     np.testing.assert_allclose(table("nf4").values, expected, atol=3e-7)
 
 
-@pytest.mark.parametrize("name", ["nf4", "iq4nl", "ternary", "binary", "log3", "log4", "log8:1.02", "log4:1.414", "apot3", "apot4", "apot8"])
+@pytest.mark.proves("seam.encode-decode")
+@pytest.mark.parametrize(
+    "name", ["nf4", "iq4nl", "ternary", "binary", "log3", "log4", "log8:1.02", "log4:1.414", "apot3", "apot4", "apot8"]
+)
 def test_tables_round_to_the_nearest_level(name: str) -> None:
     values = np.array(table(name).values)
     assert (np.diff(values) > 0).all()
@@ -199,6 +205,7 @@ def test_tables_round_to_the_nearest_level(name: str) -> None:
     assert codes.tolist() == list(range(len(values)))  # the index in the sorted table
 
 
+@pytest.mark.proves("seam.encode-decode", "formats.codebook")
 def test_learned_tables_round_to_the_nearest_entry() -> None:
     form = Format.parse("cb4@channel/channel*one")
     params = Stored(None, None, torch.tensor([[[-1.0], [0.0], [1.0], [4.0]], [[0.0], [1.0], [2.0], [3.0]]]))
@@ -233,6 +240,7 @@ WEIGHT = {
     "cb16/tensor": "cb16@tensor/tensor*one",
     "cb16/g32*int8": "cb16@tensor/g32*int8/tensor*fp32",
     "cb256x2@tensor/channel": "cb256x2@tensor/channel*fp16",
+    "cb16x2": "cb16x2@tensor/channel*fp16",
     "log4:1.414": "log4:1.414/channel*fp16",
     "log4:fit": "log4:fit@tensor/channel*fp16",
     "binary/g64*bf16": "binary/g64*bf16",
@@ -249,8 +257,10 @@ ACTIVATION = {
 }
 
 
-@pytest.mark.proves("formats.text")
-@pytest.mark.parametrize(("role", "short", "long"), [("weight", *i) for i in WEIGHT.items()] + [("activation", *i) for i in ACTIVATION.items()])
+@pytest.mark.proves("seam.text", "api.format")
+@pytest.mark.parametrize(
+    ("role", "short", "long"), [("weight", *i) for i in WEIGHT.items()] + [("activation", *i) for i in ACTIVATION.items()]
+)
 def test_sugar_has_one_long_form(role: str, short: str, long: str) -> None:
     form = Format.parse(short, role=role)  # type: ignore[arg-type]
     assert str(form) == long
@@ -282,7 +292,11 @@ parts = st.recursive(
 def formats(draw: st.DrawFn) -> Format:
     """Any legal format: the constructor says what is not."""
     base = draw(st.one_of(fixed, learned))
-    at = draw(st.sampled_from([Share(0, 0, "tensor"), Share(1, 0, "channel"), Share(0, 0, "model")])) if isinstance(base, Codebook) else None
+    at = (
+        draw(st.sampled_from([Share(0, 0, "tensor"), Share(1, 0, "channel"), Share(0, 0, "model")]))
+        if isinstance(base, Codebook)
+        else None
+    )
     offset = draw(st.sampled_from(["zero", "min", ""]))
     extra = {}
     if offset == "zero" and isinstance(base, Uniform):
@@ -292,10 +306,12 @@ def formats(draw: st.DrawFn) -> Format:
     share = draw(shares)
     if isinstance(base, Codebook) and share.cols % base.dim:
         share = Share(1, base.dim * draw(st.integers(1, 64)))
+    if isinstance(base, Codebook) and base.dim > 1 and at == Share(1, 0, "channel"):
+        at = Share(0, 0, "tensor")
     return Format(base, share, at, draw(st.none() | parts), **extra)
 
 
-@pytest.mark.proves("formats.text")
+@pytest.mark.proves("seam.text", "api.format")
 @given(formats())
 @settings(deadline=None, max_examples=500)
 def test_every_format_survives_its_text(form: Format) -> None:
@@ -306,7 +322,7 @@ def test_every_format_survives_its_text(form: Format) -> None:
     assert form.nbytes((3, 40)) > 0
 
 
-@pytest.mark.proves("formats.text-errors")
+@pytest.mark.proves("seam.text", "inputs.group-zero")
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -328,6 +344,7 @@ def test_every_format_survives_its_text(form: Format) -> None:
         ("int4@tensor/channel", "'@' .*learned table"),
         ("cb1", "2 to 65536 entries"),
         ("cb16x3/g32*fp16", "whole entries of 3"),
+        ("cb16x2@channel/channel", "shared by @tensor or @model"),
         ("cb16x0", "1 to 16 numbers"),
         ("log1", "2 to 8 bits"),
         ("log9:fit", "2 to 8 bits"),

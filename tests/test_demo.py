@@ -3,6 +3,7 @@
 import re
 import shlex
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,9 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone() -> None
 class Screen:
     """What one run of `roundel demo` printed and wrote."""
 
-    def __init__(self, folder: Path, out: str) -> None:
-        self.folder, self.out = folder, out
-        self.rows = [line for line in out.splitlines() if re.search(r" (weight-only|dynamic|static) ", line)]
+    def __init__(self, folder: Path, out: str, cpu: float) -> None:
+        self.folder, self.out, self.cpu = folder, out, cpu
+        self.rows = out.partition("\n\n")[0].splitlines()[2:]  # below the head and the float model
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,16 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> Screen:
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "a folder"
-    before, out = signal.getsignal(signal.SIGTERM), io.StringIO()
+    before, out, started = signal.getsignal(signal.SIGTERM), io.StringIO(), time.process_time()
     try:
         with contextlib.redirect_stdout(out):
             cli.main(["demo", "-o", str(folder)])
     finally:
         signal.signal(signal.SIGTERM, before)
-    return Screen(folder, out.getvalue())
+    return Screen(folder, out.getvalue(), time.process_time() - started)
 
 
-@pytest.mark.proves("demo.modes-and-formats")
+@pytest.mark.proves("cli.demo")
 def test_every_mode_and_width_has_a_row(screen: Screen) -> None:
     wanted = [(weights, mode) for mode, _, formats in RECIPES for weights in formats]
     assert [tuple(line.split()[:2]) for line in screen.rows] == wanted
@@ -73,14 +74,20 @@ def test_every_mode_and_width_has_a_row(screen: Screen) -> None:
     assert {"int8", "int4", "int4/g32", "nf4/g32", "log4", "cb16/channel", "int3", "int2", "ternary"} <= names
 
 
-@pytest.mark.proves("demo.one-screen")
+@pytest.mark.proves("cli.demo")
+def test_it_takes_at_most_a_minute(screen: Screen) -> None:
+    """In processor time: with one thread that is the wall clock of an idle machine, and a busy one cannot spoil it."""
+    assert screen.cpu <= 60
+
+
+@pytest.mark.proves("cli.demo")
 def test_it_fits_one_screen(screen: Screen) -> None:
     lines = screen.out.splitlines()
     assert len(lines) <= 40
     assert max(len(line) for line in lines[: len(screen.rows) + 2]) <= 100
 
 
-@pytest.mark.proves("demo.accuracy")
+@pytest.mark.proves("cli.demo")
 def test_the_float_model_is_good_and_int8_keeps_it(screen: Screen) -> None:
     sets, net = digits(0), DigitsNet()
     float_line = next(line for line in screen.out.splitlines() if line.startswith("float"))
@@ -93,7 +100,7 @@ def test_the_float_model_is_good_and_int8_keeps_it(screen: Screen) -> None:
     assert f"{100 * share:.1f} %" in float_line
 
 
-@pytest.mark.proves("demo.artifact")
+@pytest.mark.proves("cli.demo")
 def test_what_it_saves_loads_and_is_smaller(screen: Screen) -> None:
     small = screen.folder / "digits-small.safetensors"
     q = rd.load(small)
@@ -110,7 +117,7 @@ def test_what_it_saves_loads_and_is_smaller(screen: Screen) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.proves("demo.next-command")
+@pytest.mark.proves("cli.demo")
 def test_the_next_command_runs_as_printed(screen: Screen, capsys: pytest.CaptureFixture[str]) -> None:
     command = shlex.split(screen.out[screen.out.index("  roundel quantize") :].replace("\\\n", " "))
     assert command[0] == "roundel"

@@ -37,7 +37,7 @@ def test_layouts_agree_with_the_sizes_of_ggml() -> None:
         assert (LAYOUTS[kind].numbers, sum(LAYOUTS[kind].fields.values())) == (numbers, size)
 
 
-@pytest.mark.proves("formats.ggml-blocks")
+@pytest.mark.proves("seam.q4_k", "seam.q6_k", "seam.mxfp4", "seam.iq4_nl")
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1024,), (64, 512), (2, 3, 4, 256), (1, 256)])
 def test_random_bytes_give_the_values_of_gguf(kind: str, shape: tuple[int, ...]) -> None:
@@ -63,6 +63,7 @@ def test_the_format_is_the_one_that_the_text_names(kind: str) -> None:
         assert part is None or part.format == form
 
 
+@pytest.mark.proves("seam.iq4_nl")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "IQ4_NL"])
 def test_every_code_by_hand(kind: str) -> None:
     """One block whose scale is 1: byte i holds number i (and number 16 + i in its high half)."""

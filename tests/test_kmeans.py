@@ -34,7 +34,7 @@ def brute(values: list[float], weights: list[float], k: int) -> float:
     return best
 
 
-@pytest.mark.proves("formats.kmeans-exact")
+@pytest.mark.proves("formats.codebook")
 @given(
     points=st.lists(st.tuples(st.integers(-20, 20), st.sampled_from([0.0, 0.25, 1.0, 3.0, 100.0])), min_size=1, max_size=9),
     k=st.integers(1, 6),
@@ -53,7 +53,7 @@ def test_no_cut_of_few_points_is_better(points: list[tuple[int, float]], k: int,
     assert float(error(values, mass, table)) <= best * (1 + 1e-6) + rounding
 
 
-@pytest.mark.proves("formats.kmeans-exact")
+@pytest.mark.proves("formats.codebook")
 @pytest.mark.parametrize("n", [17, 100, 1000])
 @pytest.mark.parametrize("k", [2, 3, 8, 16])
 def test_equals_kmeans1d(n: int, k: int) -> None:
@@ -170,7 +170,7 @@ def vector_error(points: torch.Tensor, weights: torch.Tensor, table: torch.Tenso
     return float((weights * (points[:, None] - table[None]).square().sum(2).amin(1)).sum())
 
 
-@pytest.mark.proves("formats.kmeans-vectors")
+@pytest.mark.proves("formats.vector")
 def test_separate_clusters_are_found() -> None:
     generator = torch.Generator().manual_seed(7)
     centres = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10], [5, 40]])
@@ -216,6 +216,14 @@ def test_no_entry_is_wasted() -> None:
     points = torch.cat([torch.zeros(500, 2), torch.randn(40, 2, generator=torch.Generator().manual_seed(10))])
     table = kmeans_vectors(points, None, 16)
     assert len(torch.cdist(points, table).argmin(1).unique()) == 16
+
+
+def test_entries_that_fall_empty_restart_where_the_error_is_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the worst start, every entry in one place but one, each cluster is still found."""
+    monkeypatch.setattr(module, "_plus_plus", lambda x, w, k, generator: torch.full((k, len(x)), 50.0, dtype=x.dtype))
+    centres = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
+    points = (centres[:, None] + 0.1 * torch.randn(4, 50, 2, generator=torch.Generator().manual_seed(12))).reshape(-1, 2)
+    assert torch.cdist(centres, kmeans_vectors(points, None, 12, iters=2)).amin(1).max() < 1
 
 
 def test_outlier_vectors_stay_finite() -> None:

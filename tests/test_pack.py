@@ -24,7 +24,7 @@ def codes(rows: int, cols: int, bits: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 1 << bits, (rows, cols), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-@pytest.mark.proves("formats.packing")
+@pytest.mark.proves("seam.pack")
 @given(st.integers(1, 16), st.integers(0, 5), st.integers(0, 70), st.integers(0, 2**32), st.integers(1, 100))
 @settings(deadline=None, max_examples=300)
 def test_every_width_and_shape_equals_the_naive_stream(bits: int, rows: int, cols: int, seed: int, chunk: int) -> None:
@@ -42,6 +42,7 @@ def test_every_width_and_shape_equals_the_naive_stream(bits: int, rows: int, col
     assert torch.equal(back, original)
 
 
+@pytest.mark.proves("seam.pack")
 def test_by_hand() -> None:
     assert pack(torch.tensor([[1, 2, 3]]), 4).tolist() == [[0x21, 0x03]]
     assert pack(torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 1]]), 1).tolist() == [[0b1101, 1]]

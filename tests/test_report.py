@@ -52,7 +52,7 @@ def figures(page: str) -> list[ET.Element]:
     return [ET.fromstring(found) for found in re.findall(r"<svg.*?</svg>", page, re.S)]
 
 
-@pytest.mark.proves("report.self-contained")
+@pytest.mark.proves("report.html")
 def test_page_loads_nothing_and_runs_nothing() -> None:
     page = render(example())
     names = {tag for tag, _ in Page(page).tags}
@@ -72,7 +72,7 @@ def test_page_says_what_it_was_given() -> None:
     assert "The worst 2 layers" in words  # a layer without error is not among them
 
 
-@pytest.mark.proves("report.hostile-names")
+@pytest.mark.proves("report.html", "inputs.names")
 def test_hostile_names_are_inert() -> None:
     row = Row(HOSTILE, 1000, 4.0, 0.5, 0.1, 0.1, 1e-3, 0.0, (-0.1, 0.1), HOSTILE)
     page = example(
@@ -92,7 +92,7 @@ def test_hostile_names_are_inert() -> None:
     assert len(figures(html)) == 3
 
 
-@pytest.mark.proves("report.size")
+@pytest.mark.proves("report.html")
 def test_page_stays_under_100_kB() -> None:
     rows = tuple(Row(f"{'n' * 80}{i}", 1000 + i, 4.0, 0.5, 0.1 + i, 0.1, 1e-3, 0.0, (-0.1, 0.1), f"s{i % 4}") for i in range(500))
     layers = tuple(Layer(f"{'layer.' * 20}{i}", 20 + i % 7, "int4/g32*fp16", 5) for i in range(2000))
@@ -142,6 +142,7 @@ def points(kind: ET.Element) -> dict[str, tuple[float, float]]:
     return found
 
 
+@pytest.mark.proves("report.html")
 def test_marks_lie_where_the_numbers_are() -> None:
     """Equal ratios of KL are equal distances on the log axis, and a smaller KL is lower on the page."""
     rows = tuple(Row(f"r{i}", 1000 + 100 * i, kl=10.0**-i) for i in range(4))

@@ -42,6 +42,7 @@ def everything_but_average(stats: Stats) -> tuple[object, ...]:
 floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=12)
 
 
+@pytest.mark.proves("ranges.merge")
 @given(st.lists(floats, max_size=5), st.randoms(use_true_random=False))
 @settings(max_examples=300, deadline=None)
 def test_every_split_and_order_gives_the_same_bytes(parts: list[list[float]], random: object) -> None:
@@ -154,6 +155,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 # -- ranges -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("ranges.minmax", "ranges.average")
 def test_minmax_and_average_hold_zero() -> None:
     stats = Stats()
     for batch in ([1.0, 2.0], [3.0, 6.0], [2.0, 4.0]):
@@ -165,6 +167,7 @@ def test_minmax_and_average_hold_zero() -> None:
     assert find_range(stats, "minmax", -128, 127, symmetric=True) == (-6.0, 6.0)
 
 
+@pytest.mark.proves("ranges.average")
 def test_average_follows_torch_after_the_first_hundred() -> None:
     torch.manual_seed(1)
     batches = [torch.randn(20) for _ in range(160)]
@@ -185,6 +188,7 @@ def test_average_follows_torch_after_the_first_hundred() -> None:
     assert halves[0].average == pytest.approx(plain)
 
 
+@pytest.mark.proves("ranges.percentile")
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("p", [100.0, 99.99, 99.0, 60.0])
 def test_percentile_is_numpys_within_a_bin(name: str, p: float) -> None:
@@ -225,6 +229,7 @@ def squared_error(x: np.ndarray, lo: float, hi: float, lo_code: int, hi_code: in
     return float(np.mean(((codes - zero) * scale - x) ** 2))
 
 
+@pytest.mark.proves("ranges.mse")
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize(("lo_code", "hi_code"), [(-8, 7), (-7, 7), (0, 3), (-128, 127)])
 def test_mse_is_as_good_as_brute_force(name: str, lo_code: int, hi_code: int) -> None:
@@ -270,6 +275,7 @@ def histogram(counts: list[int], first: int = 0) -> Stats:
     return stats
 
 
+@pytest.mark.proves("ranges.kl")
 def test_kl_hand_worked_as_in_the_paper() -> None:
     # Migacz, GTC 2017, p. 38: eight bins and two codes give Q = [2, 0, 2, 2, 4, 4, 4, 4].
     p = np.array([1, 0, 2, 3, 5, 3, 1, 7])
@@ -293,6 +299,7 @@ def naive_kl(n: list[int], first: int, last: int, codes: int) -> float:
     return float(scipy.special.rel_entr(p / p.sum(), q / q.sum()).sum())
 
 
+@pytest.mark.proves("ranges.kl")
 @given(st.lists(st.integers(0, 6), min_size=10, max_size=24), st.integers(2, 5), st.data())
 @settings(max_examples=300, deadline=None)
 def test_kl_of_every_window_is_the_naive_loops(n: list[int], codes: int, data: st.DataObject) -> None:

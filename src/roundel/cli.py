@@ -20,7 +20,7 @@ import click
 
 from . import __version__
 from .errors import CheckError, InputError, RoundelError
-from .report.text import inert, number, percent, seconds, size
+from .report.text import change, inert, number, percent, seconds, size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,13 +151,13 @@ def calibrate_command(
 @click.option("--activations", metavar="F", help="Format of the activations: int8 (static), int8:dynamic, int8/token:dynamic.")
 @_data(required=False)
 @_preprocess
-@click.option("--metric", metavar="M", help="Task metric, such as top1: the float model is scored first where there are labels.")
+@click.option("--metric", metavar="M", help="Also score float and quantized model on the data by this, such as top1.")
 @_inputs
 @click.option("--exclude", metavar="P", multiple=True, help="Leave layers of this name pattern float; may be repeated.")
 @click.option("--plan", metavar="FILE", help="Rules per layer, TOML or JSON; the last match wins.")
 @click.option("--ranges", metavar="M", default="minmax", show_default=True, help="minmax, average, percentile[:P], mse or kl.")
 @click.option("--solver", metavar="S", default="rtn", show_default=True, help="How codes are chosen.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Whatever is drawn at random starts here.")
 @click.option("--strict", is_flag=True, help="A layer left float, a fall-back or a widened format is an error.")
 @_state
 @click.option("-o", "--output", "out", metavar="OUT", required=True, help="The artifact to write, one safetensors file.")
@@ -171,9 +171,8 @@ def quantize_command(
     MODEL is a file, a folder, or package.module:factory with its weights in --state.
     """
     _check_output(out)
-    if weights is None and plan is None:
-        weights = "int8"
-        click.echo("No weight format was named: int8 is used (see roundel formats).", err=True)
+    chosen = weights is None and plan is None
+    weights = "int8" if chosen else weights
     _check_format(weights, "weight")
     _check_format(activations, "activation")
     from .plan import Plan
@@ -193,15 +192,21 @@ def quantize_command(
             ranges=ranges,
             exclude=exclude,
             plan=rules,
-            metric=metric,
             preprocess=steps,
             seed=seed,
             strict=strict,
             progress=progress,
         )
     q.save(out)
-    _notes(tuple((note.subject, note.text) for note in q.notes))
+    said = [("weights", "no format was named, so int8 was chosen; roundel formats lists them")] if chosen else []
+    _notes([*said, *((note.subject, note.text) for note in q.notes)])
     click.echo(f"{inert(out)}: {size(q.nbytes)}, {number(q.bits)} bits per parameter")
+    if metric is not None and batches is not None:
+        from .evaluate import evaluate
+
+        seen = evaluate(q, against=module, data=batches, metric=metric, latency=False)
+        click.echo(f"{inert(metric)} on the calibration data {number(seen.metric, 4)}, float {number(seen.metric_float, 4)}; "
+                   "roundel evaluate measures it on data of its own")  # fmt: skip
 
 
 @cli.command("evaluate")
@@ -234,12 +239,13 @@ def evaluate_command(
     if page is not None:
         from .report import report, write_report
 
-        write_report(page, report(q, measured, title=f"{Path(artifact).name} against {Path(against).name}",
-                                  name=Path(artifact).name, metric_name=metric or "metric"))  # fmt: skip
+        title = f"{Path(artifact).name} against {Path(against).name}"
+        write_report(page, report(q, measured, title=title, name=Path(artifact).name))
     if as_json:
         _print_json(measured.to_dict())
     else:
         _pairs(_measures(measured))
+        _notes([("evaluate", sentence) for sentence in measured.notes])
     for name, value, limit in (("KL divergence", measured.kl, max_kl), ("share of flips", measured.flips, max_flips)):
         if limit is not None and not (value is not None and value <= limit):
             raise CheckError(f"the {name} is {number(value)}, above the limit {number(limit)}")
@@ -255,13 +261,22 @@ def diff_command(first: str, second: str, as_json: bool) -> None:
 
     found = diff(_load_artifact(first), _load_artifact(second))
     if as_json:
-        return _print_json(found.to_dict())
+        return _print_json([one.to_dict() for one in found])
+    if not found:
+        click.echo("No difference.")
+        return None
+    head = ("what", "name", "A", "B", "bytes A", "bytes B", "max difference", "relative")
+    rows = [
+        (d.kind, d.name, d.a or "–", d.b or "–", f"{d.bytes_a:,}", f"{d.bytes_b:,}", number(d.max_abs), number(d.relative))
+        for d in found
+    ]
+    _table(head, rows, "llllrrrr")
     return None
 
 
 @cli.command("demo")
 @click.option("-o", "--output", "folder", metavar="FOLDER", default="out", show_default=True, help="Where its files go.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Whatever is drawn at random starts here.")
 def demo_command(folder: str, seed: int) -> None:
     """Train, quantize and measure on real digits.
 
@@ -276,7 +291,7 @@ def demo_command(folder: str, seed: int) -> None:
 
     with _progress() as progress:
         done = demo(folder, seed=seed, progress=progress)
-    head = ("weights", "mode", "size", "accuracy", "difference, 95 % interval", "KL, nats", "flips", "latency")
+    head = ("weights", "mode", "size", "top1", "difference, 95 % interval", "KL, nats", "flips", "latency")
     _table(head, [_demo_row(row) for row in done.rows], "llrrrrrr")
     best = done.best
     activations = activations_of(best.series)
@@ -291,13 +306,11 @@ def demo_command(folder: str, seed: int) -> None:
 
 def _demo_row(row: Row) -> tuple[str, ...]:
     low, high = row.interval or (None, None)
-    spread = f"{_points(row.difference)} [{_points(low)}, {_points(high)}]" if row.difference is not None else ""
+    spread = (
+        f"{change(row.difference, 'top1')} [{change(low, 'top1')}, {change(high, 'top1')}]" if row.difference is not None else ""
+    )
     return (row.name, row.series, size(row.nbytes), percent(row.metric, 1), spread, number(row.kl) if row.kl is not None else "",
             percent(row.flips, 1) if row.flips is not None else "", seconds(row.latency))  # fmt: skip
-
-
-def _points(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.1f}"
 
 
 def _quoted(path: Path) -> str:
@@ -458,13 +471,19 @@ def _shared(share: str) -> str:
 
 def _measures(measured: Evaluation) -> list[tuple[str, str]]:
     """The lines that `roundel evaluate` prints."""
-    lines = [("size", f"{size(measured.nbytes)}, float {size(measured.nbytes_float)}, on disk {size(measured.disk)}")]
+    disk = f", on disk {size(measured.disk)}" if measured.disk is not None else ""
+    lines = [("size", f"{size(measured.nbytes)}, float {size(measured.nbytes_float)}{disk}")]
     if measured.metric is not None:
+        name = measured.metric_name
         low, high = measured.interval or (None, None)
-        lines += [("metric", f"{number(measured.metric, 4)}, float {number(measured.metric_float, 4)}"),
-                  ("difference", f"{number(measured.difference)}  [{number(low)}, {number(high)}] (95 %)")]  # fmt: skip
-    lines += [("KL divergence", f"{number(measured.kl)} nats, 99th percentile {number(measured.kl_p99)}"),
-              ("flips", percent(measured.flips)), ("SQNR", f"{number(measured.sqnr)} dB end to end")]  # fmt: skip
+        lines.append((name, f"{number(measured.metric, 4)}, float {number(measured.metric_float, 4)}"))
+        lines.append(("difference", f"{change(measured.difference, name)} [{change(low, name)}, {change(high, name)}] (95 %)"))
+    if measured.kl is not None:
+        lines.append(("KL divergence", f"{number(measured.kl)} nats, 99th percentile {number(measured.kl_p99)}"))
+    if measured.flips is not None:
+        lines.append(("flips", percent(measured.flips)))
+    if measured.sqnr is not None:
+        lines.append(("SQNR", f"{number(measured.sqnr)} dB end to end"))
     worst = sorted(measured.layers.items(), key=lambda item: item[1])[:3]
     if worst:
         lines.append(("worst layers", ", ".join(f"{name} {number(sqnr)} dB" for name, sqnr in worst)))

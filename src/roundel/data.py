@@ -8,6 +8,7 @@ import lzma
 import math
 import os
 import re
+import tokenize
 import tomllib
 import warnings
 import zipfile
@@ -145,7 +146,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content; fields at their defaults are left out."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return plain
 
     @classmethod
@@ -505,7 +506,7 @@ def _array(path: str, file: Any, size: int, member: str = "") -> NDArray[Any] | 
             if read is None:
                 raise InputError(f"{where}: NumPy format version {version} is unknown")
             shape, fortran, dtype = read(file)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, EOFError) as err:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, EOFError, tokenize.TokenError) as err:
         raise InputError(f"{where} is no NumPy array: {str(err).splitlines()[0] if str(err) else type(err).__name__}") from err
     if dtype.hasobject:
         raise InputError(f"{where} holds Python objects (a pickle), which are never loaded; save plain numbers")

@@ -65,6 +65,10 @@ def inspect(model: nn.Module | QModel) -> Inspection:
     """List every tensor of ``model`` with its size and range, its quantized activations, and what is odd about it.
 
     Raises `InputError` for anything that is neither a module nor a `QModel`.
+
+    >>> found = inspect(nn.Sequential(nn.Linear(4, 2)))
+    >>> [(row.name, row.op, row.shape, row.nbytes) for row in found.tensors], found.parameters
+    ([('0.weight', 'Linear', (2, 4), 32), ('0.bias', 'Linear', (2,), 8)], 10)
     """
     if isinstance(model, QModel):
         return _quantized(model)

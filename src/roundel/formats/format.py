@@ -89,6 +89,8 @@ class Format:
             raise FormatError(f"{self}: '@' says who shares a learned table, so it goes with cbK and logN:fit only")
         if self.table is not None and self.table.word not in ("tensor", "channel", "model"):
             raise FormatError(f"{self}: a table is shared by @tensor, @channel or @model")
+        if isinstance(self.grid, Codebook) and self.grid.dim > 1 and self.table == CHANNEL:
+            raise FormatError(f"{self}: a table of {self.grid.dim}-vectors is shared by @tensor or @model, not by channel")
         if self.zero is not None and self.min is not None:
             raise FormatError(f"{self}: a minimum '-' or a zero point '~', not both")
         if self.zero is not None and not (isinstance(self.grid, Uniform) and isinstance(self.zero.grid, Uniform)):
@@ -222,7 +224,8 @@ class _Parser:
         self.text = ALIASES.get(text.strip().lower(), text.strip())
 
     def fail(self, possible: str) -> FormatError:
-        return FormatError(f"format {self.source!r}: at position {self.pos} ({self.text[self.pos:] or 'the end'!r}) expected {possible}")
+        rest = self.text[self.pos :] or "the end"
+        return FormatError(f"format {self.source!r}: at position {self.pos} ({rest!r}) expected {possible}")
 
     def parse(self) -> Format:
         base = self.default()
@@ -283,7 +286,7 @@ class _Parser:
                 raise FormatError(f"format {self.source!r}: a stored float has no scale, minimum or zero point")
             share, scale = TENSOR, None
         if isinstance(base, Codebook) and at is None:
-            own = share.word in ("tensor", "channel") and not base.law
+            own = share.word in ("tensor", "channel") and not base.law and base.dim == 1
             at = share if own and sugar else TENSOR
             scale = None if own and sugar else scale
         return Format(base, share, at, scale, zero, minimum)

@@ -75,8 +75,9 @@ def kmeans_vectors(points: Tensor, weights: Tensor | None, k: int, iters: int = 
         last = total
         mass, first = (torch.zeros_like(table).index_add_(0, code, each.T) for each in (w, w * x))
         table = torch.where(mass > 0, first / mass, table)
-        empty = (torch.bincount(code, minlength=k) == 0).nonzero()[:, 0]
-        table[empty] = x[:, error.topk(len(empty)).indices].T
+        for empty in (torch.bincount(code, minlength=k) == 0).nonzero()[:, 0].tolist():
+            table[empty] = x[:, error.argmax()]  # one at a time: else all of them restart in the same far place
+            error = torch.minimum(error, _error(x, w, table[empty, :, None]))
     return (table + centre.T).to(torch.float32)
 
 

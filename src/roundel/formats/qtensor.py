@@ -75,7 +75,7 @@ class QTensor:
         return codec.Stored(
             scale=self.scale.matrix_values() if self.scale is not None else None,
             offset=self.offset.matrix_values() if self.offset is not None else None,
-            table=self.table.float().reshape(len(self.table), -1, self.format.step) if self.table is not None else None,
+            table=self.table.float().unflatten(1, (-1, self.format.step)) if self.table is not None else None,
             parts=(self.scale, self.offset, self.table),
         )
 
@@ -104,6 +104,6 @@ def packed(format: Format, codes: Tensor, params: codec.Stored, shape: tuple[int
     if isinstance(format.grid, Uniform) and format.grid.signed:
         codes = codes & ((1 << format.bits) - 1)
     scale, offset, table = params.parts
-    table = None if table is None else table.reshape(len(table), -1)
+    table = None if table is None else table.flatten(1)
     data = codes.contiguous().view(torch.uint8) if format.bits == 32 else pack(codes, format.bits)
     return QTensor(tuple(shape), format, data, scale, offset, table, axis)

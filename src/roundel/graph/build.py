@@ -98,9 +98,7 @@ class Builder:
                 return self.emit("reshape", [origin], name, {"shape": target})
         raise InputError(f"{name!r}: a reshape to {list(shape)} would need two unknown sizes")
 
-    def graph(
-        self, inputs: Sequence[str], outputs: Sequence[str], notes: Iterable[str] = (), batch: str = BATCH
-    ) -> Graph:
+    def graph(self, inputs: Sequence[str], outputs: Sequence[str], notes: Iterable[str] = ()) -> Graph:
         """The finished graph, dead nodes dropped, with the `Spec` of every value whose batch is not mixed with other sizes."""
         live, kept = set(outputs), []
         for node in reversed(self.nodes):
@@ -109,7 +107,7 @@ class Builder:
                 live.update(node.inputs)
         names = [*inputs, *(out for node in reversed(kept) for out in node.outputs)]
         values = {
-            name: Spec(tuple(batch if size == PROBE else size for size in self.shape(name)), self.dtype(name))
+            name: Spec(tuple(BATCH if size == PROBE else size for size in self.shape(name)), self.dtype(name))
             for name in names
             if all(size == PROBE or size % PROBE or not size for size in self.shape(name))
         }

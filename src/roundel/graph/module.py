@@ -28,8 +28,7 @@ class GraphModule(nn.Module):
         self.weights = nn.ParameterDict()
         self._keys = {name: name.replace(".", "\x1f") for name in graph.constants}
         for name, tensor in graph.constants.items():
-            trains = tensor.is_floating_point()
-            self.weights[self._keys[name]] = nn.Parameter(tensor, requires_grad=trains) if trains else tensor
+            self.weights[self._keys[name]] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
     @property
     def graph(self) -> Graph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from .build import PROBE, Builder
@@ -28,7 +29,19 @@ def simplify(graph: Graph) -> Graph:
     walk = _Walk(graph)
     for node in graph:
         _RULES.get(node.op, _plain)(walk, node)
-    return walk.to.graph(graph.inputs, [walk.whole(name) for name in graph.outputs], graph.notes)
+    return _own_names(walk.to.graph(graph.inputs, [walk.whole(name) for name in graph.outputs], graph.notes), walk.origin)
+
+
+def _own_names(graph: Graph, origin: dict[str, str]) -> Graph:
+    """Rearranged constants under their first name again, wherever the original is no longer in the graph."""
+    new: dict[str, str] = {}
+    for name in graph.constants:
+        first = origin.get(name, name)
+        if first not in graph.constants and first not in new.values():
+            new[name] = first
+    nodes = (msgspec.structs.replace(n, inputs=tuple(new.get(i, i) for i in n.inputs)) for n in graph.nodes)
+    constants = {new.get(name, name): tensor for name, tensor in graph.constants.items()}
+    return Graph(graph.inputs, graph.outputs, tuple(nodes), constants, graph.values, graph.notes)
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -74,6 +87,7 @@ class _Walk:
         self.to = Builder(graph)
         self.place: dict[str, tuple[str, View]] = {}
         self.made: dict[tuple[str, View], str] = {}
+        self.origin: dict[str, str] = {}
         for name in (*graph.inputs, *graph.constants):
             self.put(name, name)
 
@@ -101,8 +115,17 @@ class _Walk:
         spare = [axis for axis in range(len(shape)) if axis not in view]
         name = self.to.unique(f"{name}_permuted" if name == base else name)
         want = _shape(view, shape)
+        maker = self.to.makers.get(base)
         if base in self.to.constants:
             made = self.to.constant(name, self.to.constants[base].permute([*_named(view), *spare]).reshape(want).contiguous())
+            self.origin[made] = self.origin.get(base, base)
+        elif maker and maker.op == "expand_batch" and maker.inputs[0] in self.to.constants and view[:1] == (0,):
+            constant = self.to.constant(
+                self.to.unique(f"{maker.inputs[0]}_permuted"),
+                self.to.constants[maker.inputs[0]].permute([*_named(view), *spare]).reshape(1, *want[1:]).contiguous(),
+            )
+            self.origin[constant] = maker.inputs[0]
+            made = self.to.emit("expand_batch", [constant, maker.inputs[1]], name)
         elif _cost(view, shape) == 1:
             made = self.to.reshape(base, want, name)
         elif len(view) == len(shape):

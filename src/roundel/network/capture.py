@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor
 
 def _trace(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], shapes: Any) -> Any:
     try:
-        return torch.export.export(module, args, named or None, dynamic_shapes=shapes)
+        with redirect_stderr(io.StringIO()):  # torch prints the half-made graph there when a trace fails
+            return torch.export.export(module, args, named or None, dynamic_shapes=shapes)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError) as err:
         raise InputError(_why_not(err)) from err
 
@@ -134,11 +136,13 @@ def _simplify(program: Any) -> Any:
     """Functional form (no in-place writes), with only those operations taken apart that `ATEN` does not know."""
     program = program.run_decompositions({})
     catalogue = torch.export.default_decompositions()
-    for _ in range(5):  # each round may uncover operations that come apart further
-        targets = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
-        table = {t: catalogue[t] for t in targets if translator(t) is None and t in catalogue}
-        if not table:
+    tried: set[Any] = set()
+    while True:  # each round may uncover operations that come apart further
+        made = [n for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and _is_tensors(n)]
+        table = {n.target: catalogue[n.target] for n in made if translator(n.target) is None and n.target in catalogue}
+        if not table.keys() - tried:
             break
+        tried |= table.keys()
         program = program.run_decompositions(table)
     return program
 
@@ -154,21 +158,25 @@ def _translate(module: nn.Module, program: Any, notes: list[str]) -> Graph:
     problems: dict[str, list[str]] = {}
     live = _live(program.graph)
     for n in program.graph.nodes:
-        if n.op != "call_function" or n not in live or not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
+        if n.op != "call_function" or n not in live or not _is_tensors(n):
             continue
-        if any(a in live and a not in e.env and isinstance(a.meta.get("val"), (Tensor, tuple, list)) for a in n.all_input_nodes):
-            continue  # an operand failed, which has been told
         e.node, e.call = n, calls[n]
         try:
             e.env[n] = _one(e, n)
         except Unsupported as err:
             what = f"{op_name(n.target)} ({err})" if str(err) else op_name(n.target)
             problems.setdefault(what, []).append(e.call.path or "the model itself")
+            e.env[n] = "?" if isinstance(n.meta["val"], Tensor) else ("?",) * len(n.meta["val"])  # go on, to find the others
     outputs, more = _outputs(program, e, problems)
     if problems:
         listed = "; ".join(f"{op} in {some(list(dict.fromkeys(where)))}" for op, where in problems.items())
         raise InputError(f"these operations have no counterpart in a graph: {listed}; exclude them or quantize on the module path")
     return finish(e, inputs, outputs, [*notes, *more])
+
+
+def _is_tensors(n: Any) -> bool:
+    """Makes a tensor or several; the others work out sizes, or assert."""
+    return isinstance(n.meta.get("val"), (Tensor, tuple, list))
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
@@ -222,8 +230,10 @@ def _outputs(program: Any, e: Emitter, problems: dict[str, list[str]]) -> tuple[
     outputs, notes = [], []
     nodes = {n.name: n for n in program.graph.nodes}
     for spec in program.graph_signature.output_specs:
-        if spec.kind != OutputKind.USER_OUTPUT:
-            problems.setdefault("a write into a buffer or an input", []).append(str(spec.target))
+        if spec.kind == OutputKind.USER_INPUT_MUTATION:
+            notes.append(f"the model overwrites its input {spec.target}; the graph leaves it alone")
+        elif spec.kind != OutputKind.USER_OUTPUT:
+            problems.setdefault("a write into a buffer", []).append(str(spec.target))
         elif (n := nodes.get(getattr(spec.arg, "name", None))) is None:
             notes.append(f"the model also returns the constant {getattr(spec.arg, 'value', None)!r}; the graph does not")
         elif n in e.env:

@@ -138,6 +138,8 @@ class Number(Pattern):
 
 @dataclass(frozen=True)
 class Either(Pattern):
+    """One formula or the other, tried in this order."""
+
     one: Pattern
     other: Pattern
 

@@ -44,7 +44,7 @@ def read(path: AnyPath, *, inputs: Sequence[int | str] | None = None, state: Any
         from ..graph import GraphModule
         from .tflite import read_tflite
 
-        return GraphModule(read_tflite(path, inputs=inputs)).eval()
+        return GraphModule(read_tflite(text, inputs=inputs)).eval()
     raise InputError(f"{show(path)} {_INSTEAD[kind]}")
 
 

@@ -32,7 +32,7 @@ _DAMAGE = (struct.error, IndexError, ValueError, TypeError, OverflowError, Attri
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of the tensor table; ``scale`` is empty for a tensor that is not quantized, ``grid`` says how it is."""
+    """One entry of the tensor table; ``scale`` is empty where it is not quantized, ``trouble`` names what cannot be read."""
 
     name: str
     type: str
@@ -102,7 +102,9 @@ def _read(path: Path, raw: bytes, schema: Any) -> File:
     graph = model.Subgraphs(0)
     tensors = _count(path, raw, "tensors", graph.TensorsLength())
     operators = _count(path, raw, "operators", graph.OperatorsLength(), MOST_OPERATORS)
-    codes = [_code(model.OperatorCodes(i), schema) for i in range(_count(path, raw, "operator codes", model.OperatorCodesLength(), 4096))]
+    codes = [
+        _code(model.OperatorCodes(i), schema) for i in range(_count(path, raw, "operator codes", model.OperatorCodesLength(), 4096))
+    ]
     types = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
     table = tuple(_tensor(path, graph.Tensors(i), i, types) for i in range(tensors))
     return File(
@@ -208,7 +210,9 @@ def numbers(path: Path, tensor: Tensor, data: memoryview) -> torch.Tensor:
     dtype, count = np.dtype(_NUMPY[tensor.type]), math.prod(tensor.shape)
     size = (count + 1) // 2 if tensor.type == "INT4" else count * dtype.itemsize
     if len(data) != size:
-        raise InputError(f"{path}: the constant {tensor.name!r} of shape {list(tensor.shape)} needs {size} bytes; it has {len(data)}")
+        raise InputError(
+            f"{path}: the constant {tensor.name!r} of shape {list(tensor.shape)} needs {size} bytes; it has {len(data)}"
+        )
     flat = np.frombuffer(data, dtype)
     if tensor.type == "INT4":  # two's complement, the low half of a byte first
         flat = np.stack([flat << 4 >> 4, flat >> 4], 1).reshape(-1)[:count]
@@ -221,7 +225,9 @@ def expand(path: Path, tensor: Tensor, codes: torch.Tensor) -> torch.Tensor:
     shape = [1] * codes.ndim
     if len(scale) > 1:
         if not 0 <= tensor.axis < codes.ndim or codes.shape[tensor.axis] != len(scale):
-            raise InputError(f"{path}: the constant {tensor.name!r} of shape {list(codes.shape)} has {len(scale)} scales on axis {tensor.axis}")
+            raise InputError(
+                f"{path}: the constant {tensor.name!r} of shape {list(codes.shape)} has {len(scale)} scales on axis {tensor.axis}"
+            )
         shape[tensor.axis] = len(scale)
     if len(zero) not in (0, 1, len(scale)):
         raise InputError(f"{path}: the constant {tensor.name!r} has {len(scale)} scales and {len(zero)} zero points")

@@ -6,199 +6,20 @@ operators and of their options: TensorFlow Lite's schema and kernels' documentat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import InputError
-from ..graph import OPS
-from ..graph.build import Builder
-from ._tflite_file import MOST_OPERANDS, File, Operator, expand, numbers
+from ._tflite_file import MOST_OPERANDS, Operator
+from ._tflite_reader import DTYPES, Reader, Translation
 
 #: TFLite operator -> its translation.
-TRANSLATE: dict[str, Callable[[Reader, Operator], None]] = {}
+TRANSLATE: dict[str, Translation] = {}
 
 _TO_IMAGE, _FROM_IMAGE = [0, 3, 1, 2], [0, 2, 3, 1]
-_FUSED = {0: "", 1: "relu", 2: "hardtanh", 3: "relu6", 4: "tanh"}
-_DTYPES = {"FLOAT32": "float32", "FLOAT16": "float32", "INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8",
-           "INT16": "int16", "BOOL": "bool"}  # fmt: skip
-
-
-class Reader:
-    """The graph in the making and where each tensor of the file is in it."""
-
-    def __init__(self, file: File) -> None:
-        self.file = file
-        self.builder = Builder()
-        self.place: dict[int, str] = {}
-        self.rearranged: dict[tuple[str, tuple[int, ...]], str] = {}
-        self.stored: dict[str, str] = {}
-        #: Bytes that constants may still take once they are expanded and folded: a small file cannot ask for gigabytes.
-        self.left = 8 * file.size + 2**26
-
-    # -- values ---------------------------------------------------------------------------------------------------
-
-    def input(self, index: int) -> str:
-        tensor = self.file.tensors[index]
-        if tensor.type not in _DTYPES or 0 in tensor.shape:
-            raise InputError(f"{self.file.path}: input {tensor.name!r} is {tensor.type} {list(tensor.shape)}, which is not supported")
-        words = tensor.name.removesuffix(":0") if index in self.file.inputs else ""  # inner tensors have long names of no use
-        name = re.sub(r"\W+", "_", words, flags=re.ASCII).strip("_")[:60] or "input"
-        if re.match(rf"({'|'.join(OPS)})_\d", name) or name[0].isdigit():
-            name = f"input_{name}"
-        self.place[index] = self.builder.input(self.builder.unique(name), tensor.shape, _DTYPES[tensor.type])
-        return self.place[index]
-
-    def value(self, index: int, name: str = "constant") -> str:
-        """The graph's name of a tensor; a constant is read on its first use and then called ``name``."""
-        if index < 0:
-            return ""
-        if index not in self.place:
-            tensor = self.file.tensors[index]
-            data = self.file.data(tensor)
-            if data is None:
-                raise InputError(f"{self.file.path}: tensor {index} ({tensor.name!r}) is read before any operator makes it")
-            self.spend(4 * prod(tensor.shape), tensor.name)
-            made = numbers(self.file.path, tensor, data)
-            name = self.builder.unique(name)
-            if not made.is_floating_point() and len(tensor.scale):
-                made = expand(self.file.path, tensor, made)
-                self.stored[name] = f"{tensor.type.lower()} with {_scales(len(tensor.scale))}"
-            elif made.dtype == torch.float16:
-                self.stored[name] = "float16"
-            made = made.to(torch.float32) if made.is_floating_point() else made
-            self.place[index] = self.builder.constant(name, made)
-        return self.place[index]
-
-    def spend(self, size: int, name: str) -> None:
-        self.left -= size
-        if self.left < 0:
-            raise InputError(f"{self.file.path}: its constants would take far more memory than the file has bytes (at {name!r})")
-
-    def notes(self) -> list[str]:
-        """One sentence on the constants that the file stores in fewer bits than float32."""
-        used = {name for node in self.builder.nodes for name in node.inputs}
-        kept = [f"{name} ({how})" for name, how in self.stored.items() if name in used]
-        return [f"stored in fewer bits and expanded to float32, value for value: {', '.join(kept)}"] if kept else []
-
-    # -- one operator ---------------------------------------------------------------------------------------------
-
-    def translate(self, op: Operator) -> None:
-        if not op.outputs or min(op.outputs) < 0:
-            raise InputError(f"{self.file.path}: operator {op.index} ({op.op}) makes nothing")
-        before = len(self.builder.nodes)
-        try:
-            TRANSLATE[op.op](self, op)
-        except KeyError as err:
-            raise InputError(f"{self.file.path}: operator {op.index} ({op.op}) lacks its option {err}") from err
-        except InputError as err:
-            text = str(err)
-            raise err if text.startswith(str(self.file.path)) else InputError(f"{self.file.path}: operator {op.index}: {text}") from err
-        if all(self.place.get(i, "") in ("", *self.builder.constants) for i in op.inputs):
-            self.fold(before)
-        for index in op.outputs:
-            tensor, shape = self.file.tensors[index], self.builder.shape(self.place[index])
-            if tensor.shape and not tensor.dynamic and shape != tensor.shape:
-                raise InputError(
-                    f"{self.file.path}: operator {op.index} ({op.op}) makes {list(shape)}; the file says {list(tensor.shape)}"
-                )
-
-    def fold(self, first: int) -> None:
-        """Nodes from ``first`` on depend on constants alone: their results become constants."""
-        builder = self.builder
-        for node in builder.nodes[first:]:
-            self.spend(sum(8 * prod(builder.shape(out)) for out in node.outputs), node.name)
-            made = OPS[node.op](*[builder.constants[i] if i else None for i in node.inputs], **node.attrs)
-            for out, tensor in zip(node.outputs, made if isinstance(made, tuple) else (made,)):
-                builder.constants[out] = tensor.contiguous()
-                del builder.makers[out]
-        del builder.nodes[first:]
-
-    def operand(self, op: Operator, i: int, name: str = "constant") -> str:
-        """Operand ``i``, or "" where it is absent and may be."""
-        return self.value(op.inputs[i], name) if i < len(op.inputs) else ""
-
-    def needed(self, op: Operator, i: int, name: str = "constant") -> str:
-        if not (found := self.operand(op, i, name)):
-            raise InputError(f"{op.op} lacks operand {i}")
-        return found
-
-    def constant(self, op: Operator, i: int) -> Tensor:
-        name = self.needed(op, i)
-        if name not in self.builder.constants:
-            raise InputError(f"{op.op} needs a constant as operand {i}; here it is computed")
-        return self.builder.constants[name]
-
-    def ints(self, op: Operator, i: int) -> list[int]:
-        made = self.constant(op, i)
-        if made.is_floating_point() or made.numel() > MOST_OPERANDS:
-            raise InputError(f"{op.op} needs a short list of integers as operand {i}")
-        return [int(n) for n in made.reshape(-1)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.builder.shape(name)
-
-    def rank(self, name: str, rank: int) -> str:
-        if len(self.shape(name)) != rank:
-            raise InputError(f"{name!r} must have {rank} axes; it has shape {list(self.shape(name))}")
-        return name
-
-    def axis(self, axis: int, rank: int) -> int:
-        if not -rank <= axis < rank:
-            raise InputError(f"axis {axis} does not exist among {rank}")
-        return axis % rank
-
-    def emit(self, op: str, inputs: Sequence[str], name: str, /, **attrs: Any) -> str:
-        return self.builder.emit(op, inputs, self.builder.unique(name), attrs)
-
-    def put(self, op: Operator, name: str, i: int = 0) -> None:
-        if i >= len(op.outputs):
-            raise InputError(f"{op.op} makes {i + 1} results; {len(op.outputs)} are named")
-        self.place[op.outputs[i]] = name
-
-    def permuted(self, name: str, perm: Sequence[int], as_name: str) -> str:
-        """Axes in another order: a constant at once (under its own name, where this is its first use), others by a node."""
-        self.rank(name, len(perm))
-        if name not in self.builder.constants:
-            return self.emit("transpose", [name], as_name, perm=list(perm))
-        key = name, tuple(perm)
-        if key not in self.rearranged:
-            tensor = self.builder.constants[name].permute(*perm).contiguous()
-            self.spend(4 * tensor.numel(), name)
-            self.rearranged[key] = self.builder.constant(self.builder.unique(as_name), tensor)
-            if name in self.stored:
-                self.stored[self.rearranged[key]] = self.stored[name]
-        return self.rearranged[key]
-
-    def reshaped(self, name: str, shape: Sequence[int], as_name: str) -> str:
-        if self.shape(name) == tuple(shape):
-            return name
-        if any(n < 1 for n in shape) or prod(shape) != prod(self.shape(name)):
-            raise InputError(f"{name!r} of shape {list(self.shape(name))} cannot take the shape {list(shape)}")
-        return self.emit("reshape", [name], as_name, shape=list(shape))
-
-    def with_act(self, op: Operator, kind: str, inputs: Sequence[str], **attrs: Any) -> str:
-        """The node ``{kind}_{index}`` with the operator's fused activation: relu and relu6 inside it, others behind it."""
-        act = _FUSED.get(op.options.get("fusedActivationFunction", 0))
-        if act is None:
-            raise InputError(f"{op.op} has the fused activation {op.options['fusedActivationFunction']}, which is not supported")
-        name = f"{kind}_{op.index}"
-        inside = act in ("relu", "relu6") and kind != "concat"
-        made = self.emit(kind, inputs, name, **attrs, **({"act": act} if inside else {}))
-        if act and not inside:
-            made = self.emit(act, [made], f"{name}_{act}", **({"lo": -1.0, "hi": 1.0} if act == "hardtanh" else {}))
-        return made
-
-
-def _scales(count: int) -> str:
-    return "one scale" if count == 1 else f"{count} scales"
-
-
-Translation = Callable[[Reader, Operator], None]
 
 
 def translates(*names: str) -> Callable[[Translation], Translation]:
@@ -212,9 +33,7 @@ def translates(*names: str) -> Callable[[Translation], Translation]:
 # -- weighted ---------------------------------------------------------------------------------------------------------
 
 
-def _windows(
-    options: Mapping[str, Any], size: Sequence[int], kernel: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
+def _windows(options: Mapping[str, Any], size: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """(stride, dilation, padding left right top bottom) of a window over (H, W). SAME puts the odd one after."""
     stride = [int(options["strideH"]), int(options["strideW"])]
     dilation = [int(options.get("dilationHFactor", 1)), int(options.get("dilationWFactor", 1))]
@@ -327,8 +146,7 @@ def _embedding(r: Reader, op: Operator) -> None:
 
 @translates("GATHER")
 def _gather(r: Reader, op: Operator) -> None:
-    x, index = op.inputs[0], r.needed(op, 1, f"gather_{op.index}.index")
-    x = r.needed(op, 0, f"embedding_{op.index}.weight")
+    x, index = r.needed(op, 0, f"embedding_{op.index}.weight"), r.needed(op, 1, f"gather_{op.index}.index")
     axis = r.axis(op.options.get("axis", 0), len(r.shape(x)))
     if op.options.get("batchDims", 0):
         raise InputError("GATHER with batch dimensions is not supported")
@@ -343,7 +161,8 @@ def _gather(r: Reader, op: Operator) -> None:
 _BINARY = {"ADD": "add", "SUB": "sub", "MUL": "mul", "DIV": "div", "MAXIMUM": "maximum", "MINIMUM": "minimum", "POW": "pow",
            "SQUARED_DIFFERENCE": "squared_difference"}  # fmt: skip
 _UNARY = {"RSQRT": "rsqrt", "SQRT": "sqrt", "EXP": "exp", "LOG": "log", "TANH": "tanh", "LOGISTIC": "sigmoid", "RELU": "relu",
-          "RELU6": "relu6", "ELU": "elu", "HARD_SWISH": "hardswish", "NEG": "neg", "ABS": "abs", "SIN": "sin", "COS": "cos"}  # fmt: skip
+          "RELU6": "relu6", "ELU": "elu", "HARD_SWISH": "hardswish", "NEG": "neg", "ABS": "abs", "SIN": "sin",
+          "COS": "cos"}  # fmt: skip
 _COMPARE = {"EQUAL": "eq", "NOT_EQUAL": "ne", "LESS": "lt", "LESS_EQUAL": "le", "GREATER": "gt", "GREATER_EQUAL": "ge"}
 
 
@@ -414,9 +233,9 @@ def _prelu(r: Reader, op: Operator) -> None:
 @translates("CAST")
 def _cast(r: Reader, op: Operator) -> None:
     kind = r.file.tensors[op.outputs[0]].type
-    if kind not in _DTYPES:
+    if kind not in DTYPES:
         raise InputError(f"CAST to {kind} is not supported")
-    r.put(op, r.emit("cast", [r.needed(op, 0)], f"cast_{op.index}", dtype=_DTYPES[kind]))
+    r.put(op, r.emit("cast", [r.needed(op, 0)], f"cast_{op.index}", dtype=DTYPES[kind]))
 
 
 @translates("DEQUANTIZE")
@@ -512,6 +331,7 @@ def _depth_to_space(r: Reader, op: Operator) -> None:
     x = r.rank(r.needed(op, 0), 4)
     if block < 1 or r.shape(x)[3] % block**2:
         raise InputError(f"{r.shape(x)[3]} channels do not divide into blocks of {block} x {block}")
+    r.spend(8 * r.shape(x)[3], name)
     order = torch.arange(r.shape(x)[3]).reshape(block**2, -1).T.reshape(-1)
     ordered = r.emit("gather", [x, r.builder.constant(f"{name}.order", order)], f"{name}_ordered", axis=3)
     _from_image(r, op, r.emit("depth_to_space", [_to_image(r, ordered, name)], name, block=block), name)
@@ -524,10 +344,8 @@ def _depth_to_space(r: Reader, op: Operator) -> None:
 def _reshape(r: Reader, op: Operator) -> None:
     """The target is operand 1, else the option."""
     x = r.needed(op, 0)
-    if len(op.inputs) > 1 and op.inputs[1] >= 0:
-        target = r.ints(op, 1)
-    else:
-        target = [int(n) for n in op.options["newShape"]]
+    given = len(op.inputs) > 1 and op.inputs[1] >= 0
+    target = r.ints(op, 1) if given else [int(n) for n in op.options["newShape"]]
     if target.count(-1) == 1 and (rest := -prod(target)) > 0:
         target[target.index(-1)] = prod(r.shape(x)) // rest
     r.put(op, r.reshaped(x, target, f"reshape_{op.index}"))
@@ -642,7 +460,8 @@ def _strided_slice(r: Reader, op: Operator) -> None:
     if not len(begin) == len(end) == len(stride) or 0 in stride:
         raise InputError(f"STRIDED_SLICE from {begin} to {end} by {stride}")
     spread = len(r.shape(x)) - sum(not bit("newAxisMask", i) and not bit("ellipsisMask", i) for i in range(len(begin)))
-    axis, shape = 0, []
+    axis = 0
+    shape: list[int] = []
     for i, (first, last, step) in enumerate(zip(begin, end, stride)):
         if bit("ellipsisMask", i):
             shape += r.shape(x)[axis : axis + max(spread, 0)]
@@ -689,6 +508,7 @@ def _mirror_pad(r: Reader, op: Operator) -> None:
         if max(before, after) > size - 1 + edge:
             raise InputError(f"MIRROR_PAD of {size} values by {before} and {after}")
         if before or after:
+            r.spend(8 * (before + size + after), name)
             inner = torch.arange(size)
             front, back = inner[1 - edge : 1 - edge + before].flip(0), inner.flip(0)[1 - edge : 1 - edge + after]
             index = r.builder.constant(f"{name}.index_{axis}", torch.cat([front, inner, back]))

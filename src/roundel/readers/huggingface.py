@@ -22,6 +22,9 @@ from .torchfile import read_state
 #: Keys of config.json that say where it came from or what may be downloaded; they decide nothing about the model.
 _IGNORED = ("_name_or_path", "auto_map", "custom_pipelines", "_commit_hash", "trust_remote_code")
 
+#: What does not fit is reported to us, who refuse it by name, instead of raised or passed over.
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
 #: Weight files in the order of preference; the second of each pair indexes several shards.
 _WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
@@ -62,8 +65,8 @@ def read_folder(path: AnyPath) -> nn.Module:
         notes.append(f"weights are stored in {', '.join(sorted(map(str, dtypes)))}; all are read as float32")
     with _quiet():
         try:
-            module, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+            module, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **_REPORT)
+        except _misfit() as err:
             raise InputError(f"{show(path)}: transformers cannot load it as {cls.__name__}: {_first_line(err)}") from err
     if wrong := sorted(info["mismatched_keys"]):
         name, found, wanted = wrong[0]
@@ -103,7 +106,7 @@ def huggingface_skeleton(config: Mapping[str, Any]) -> nn.Module:
         try:
             torch.set_default_dtype(getattr(torch, str(config.get("dtype") or "float32"), torch.float32))
             module: nn.Module = cls(settings)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
+        except _misfit() as err:
             raise InputError(f"the stored config does not describe a {cls.__name__}: {_first_line(err)}") from err
         finally:
             torch.set_default_dtype(before)
@@ -149,12 +152,11 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 def _inside(folder: Path, name: str) -> Path:
     """The file ``name`` of a folder; refused when it is, or links to, something outside.
 
-    A link may lead from ``snapshots/<revision>`` to ``blobs`` of one repository, as Hugging Face's own cache is built.
+    A link may lead from ``snapshots/<revision>`` to the ``blobs`` beside, as Hugging Face's own cache is built.
     """
     root = Path(os.path.realpath(folder))
-    home = root.parent.parent if root.parent.name == "snapshots" else root
-    plain = Path(name)
-    if plain.is_absolute() or ".." in plain.parts or "\0" in name or not Path(os.path.realpath(root / name)).is_relative_to(home):
+    homes = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    if "\0" in name or not any(Path(os.path.realpath(root / name)).is_relative_to(home) for home in homes):
         raise InputError(f"{show(folder)}: the file {name!r} lies outside the folder; it is refused")
     return folder / name
 
@@ -220,7 +222,7 @@ def _resolve(raw: dict[str, Any], where: str) -> tuple[Any, Any]:
     with _quiet():
         try:
             config = transformers.AutoConfig.for_model(kind, **plain)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as err:
+        except _misfit() as err:
             raise InputError(f"{where}: config.json does not describe a {kind!r} model: {_first_line(err)}") from err
     if not architectures:
         return config, transformers.MODEL_MAPPING[type(config)]
@@ -232,6 +234,14 @@ def _resolve(raw: dict[str, Any], where: str) -> tuple[Any, Any]:
     ):
         raise InputError(f"{where}: {architectures[0]!r} is not a {kind!r} model of transformers {transformers.__version__}")
     return config, cls
+
+
+def _misfit() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config or weights that do not fit; its validators have a class of their own."""
+    from huggingface_hub import errors
+
+    own = getattr(errors, "StrictDataclassError", ValueError)
+    return (own, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, ImportError)
 
 
 @contextmanager

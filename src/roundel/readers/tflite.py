@@ -17,10 +17,11 @@ from ..graph.batch import batched
 from ..graph.build import Builder
 from ..graph.rewrite import simplify
 from ._tflite_file import File, Operator, guarded, read_file
-from ._tflite_ops import TRANSLATE, Reader
+from ._tflite_ops import TRANSLATE
+from ._tflite_reader import Reader
 
-#: The batch is tried out at read time unless one example costs more than this (multiply-adds, elements of one value).
-_TRIAL_WORK, _TRIAL_SIZE = 4_000_000_000, 2**24
+#: The batch is tried out at read time unless one example costs more than this: multiply-adds, elements of all values.
+_TRIAL_WORK, _TRIAL_SIZE = 1_000_000_000, 2**24
 
 
 def read_tflite(path: str | Path, inputs: Sequence[int | str] | None = None) -> Graph:
@@ -49,7 +50,7 @@ def _graph(file: File, inputs: Sequence[int | str] | None) -> Graph:
     reader = Reader(file)
     names = [reader.input(index) for index in starts]
     for operator in operators:
-        reader.translate(operator)
+        reader.translate(operator, TRANSLATE[operator.op])
     single = reader.builder.graph(names, [reader.value(index) for index in file.outputs], reader.notes())
     return _over_batches(single, file)
 
@@ -144,22 +145,24 @@ def _noted(graph: Graph, *notes: str) -> Graph:
 
 def _too_large(graph: Graph) -> bool:
     """True where trying it out would take long or much memory."""
-    work, shapes = 0, {}
-    probe = Builder(graph)
+    probe, work, size = Builder(graph), 0, 0
     for node in graph:
         probe.emit(node.op, node.inputs, node.outputs, node.attrs)
-        shapes[node.name] = probe.shape(node.name)
-        made = prod(shapes[node.name])
+        made = sum(prod(probe.shape(out)) for out in node.outputs)
+        size += made
         if node.op in ("conv", "linear"):
             made *= prod(probe.shape(node.inputs[1])[1:])
-        elif node.op in ("matmul", "conv_transpose"):
-            made *= prod(probe.shape(node.inputs[0])[-1:]) if node.op == "matmul" else prod(probe.shape(node.inputs[1]))
+        elif node.op == "conv_transpose":  # each input element meets each weight of its channel
+            made = prod(probe.shape(node.inputs[0])) * prod(probe.shape(node.inputs[1])[1:])
+        elif node.op == "matmul":
+            made *= probe.shape(node.inputs[0])[-1]
         elif node.op in ("max_pool", "avg_pool"):
             made *= prod(node.attrs["kernel"])
+        elif node.op in ("mean", "sum", "amax", "argmax"):
+            made = prod(probe.shape(node.inputs[0]))
         work += made
-        if prod(shapes[node.name]) > _TRIAL_SIZE:
-            return True
-    return work > _TRIAL_WORK
+    size += sum(prod(probe.shape(name)) for name in graph.inputs)
+    return work > _TRIAL_WORK or size > _TRIAL_SIZE
 
 
 def _trial(single: Graph, many: Graph) -> str:
@@ -168,9 +171,10 @@ def _trial(single: Graph, many: Graph) -> str:
         return ""
     generator = torch.Generator().manual_seed(0)
     examples = [_example(many, generator) for _ in range(2)]
+    shapes = [[size for size in single.values[name].shape if isinstance(size, int)] for name in single.inputs]
     one, two = GraphModule(single).eval(), GraphModule(many).eval()
     with torch.no_grad():
-        alone = [_outputs(one(*[x.reshape(single.values[n].shape) for n, x in zip(single.inputs, example)])) for example in examples]
+        alone = [_outputs(one(*[x.reshape(shape) for x, shape in zip(example, shapes)])) for example in examples]
         together = _outputs(two(*[torch.stack(pair) for pair in zip(*examples)]))
     for i, name in enumerate(many.outputs):
         for j in range(2):
@@ -188,7 +192,9 @@ def _example(graph: Graph, generator: torch.Generator) -> list[Tensor]:
         shape = [size for size in spec.shape[1:] if isinstance(size, int)]
         dtype = getattr(torch, spec.dtype)
         floating = dtype.is_floating_point
-        made.append(torch.randn(shape, generator=generator) if floating else torch.randint(0, 2, shape, generator=generator).to(dtype))
+        made.append(
+            torch.randn(shape, generator=generator) if floating else torch.randint(0, 2, shape, generator=generator).to(dtype)
+        )
     return made
 
 

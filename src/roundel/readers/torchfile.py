@@ -6,8 +6,10 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import torch
@@ -59,28 +61,31 @@ def read_state(path: AnyPath) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 def _load(path: AnyPath, magic: bytes) -> Any:
     """The checked content of a checkpoint: `torch.load` in weights-only mode behind our own reading of sizes and names."""
-    with open_regular(path) as file:
+    with open_regular(path) as file, _damage_named(path):
         size = file.seek(0, 2)
         file.seek(0)
-        try:
-            refused = sorted(
-                set(_zip_globals(path, file, size) if magic[:4] == b"PK\x03\x04" else _pickle_globals(file, pickles=5))
-            )
-        except _DAMAGE as err:
-            raise InputError(f"{show(path)} is damaged or no PyTorch checkpoint: {_first_line(err)}") from err
-        if refused:
+        named = _zip_globals(path, file, size) if magic[:4] == b"PK\x03\x04" else _pickle_globals(file, pickles=5)
+        if refused := sorted(set(named)):
             names = ", ".join(repr(name.replace(" ", ".")) for name in refused[:5])
             raise InputError(
                 f"{show(path)} is refused: its pickle asks for {names}, which is no part of a state dict and could run code; "
                 "ask its author for the bare state dict or a safetensors file"
             )
         file.seek(0)
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except _DAMAGE as err:
-            raise InputError(f"{show(path)} is damaged or no PyTorch checkpoint: {_first_line(err)}") from err
+        content = torch.load(file, map_location="cpu", weights_only=True)
     _check_sizes(path, content, size)
     return content
+
+
+@contextmanager
+def _damage_named(path: AnyPath) -> Iterator[None]:
+    """Whatever the unpicklers raise inside becomes one `InputError`; their warnings (odd protocols, escapes) add nothing to it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except _DAMAGE as err:
+        raise InputError(f"{show(path)} is damaged or no PyTorch checkpoint: {_first_line(err)}") from err
 
 
 def _zip_globals(path: AnyPath, file: BinaryIO, size: int) -> Iterator[str]:

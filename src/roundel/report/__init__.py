@@ -30,7 +30,7 @@ MAX_BYTES, MAX_WORST = 100_000, 10
 class Row:
     """One measured model: sizes in bytes, ``bits`` per parameter, ``kl`` in nats, ``flips`` a share, ``latency`` in seconds.
 
-    ``metric`` is larger-is-better; ``difference`` is metric minus the float model's, ``interval`` its paired 95 % interval.
+    ``difference`` is the metric's against the float model (for perplexity relative), ``interval`` its paired 95 % interval.
     ``series`` groups marks of one shape (such as the mode); ``reference`` marks the float model.
     """
 
@@ -102,15 +102,15 @@ def layers(q: QModel, measured: Evaluation) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def report(q: QModel, measured: Evaluation, *, title: str, name: str, metric_name: str = "metric") -> Report:
+def report(q: QModel, measured: Evaluation, *, title: str, name: str) -> Report:
     """The page of one quantized model against its float original."""
     return Report(
         title=title,
         rows=(float_row(measured), row(name, measured, bits=q.bits)),
         layers=layers(q, measured),
-        notes=tuple((note.subject, note.text) for note in q.notes),
+        notes=(*((note.subject, note.text) for note in q.notes), *(("evaluate", sentence) for sentence in measured.notes)),
         provenance=q.provenance,
-        metric_name=metric_name,
+        metric_name=measured.metric_name,
         layers_of=name,
     )
 
@@ -146,8 +146,8 @@ def _render(page: Report, most: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for word in (text.inert, text.short, text.size, text.number, text.percent, text.seconds, _points):
-        env.filters[word.__name__.lstrip("_")] = word
+    for word in (text.inert, text.short, text.size, text.number, text.percent, text.seconds, text.change):
+        env.filters[word.__name__] = word
     return env.get_template("page.html.jinja").render(
         page=page,
         reference=reference,
@@ -166,16 +166,13 @@ def _lowest(sqnr: float) -> float:
     return -math.inf if math.isnan(sqnr) else sqnr
 
 
-def _points(share: float | None) -> str:
-    """A difference of shares in percentage points, always signed."""
-    return "–" if share is None or math.isnan(share) else f"{100 * share:+.2f}".replace("-", "−")
-
-
 def _kl_figure(rows: Sequence[Row], reference: Row | None) -> tuple[Markup, str] | None:
     return _figure(rows, reference, "kl", "mean KL(float ‖ quantized), nats", "lower is better", y_log=True)
 
 
 def _metric_figure(rows: Sequence[Row], reference: Row | None, name: str) -> tuple[Markup, str] | None:
+    if name in ("perplexity", "mse"):
+        return _figure(rows, reference, "metric", name, "lower is better")
     return _figure(rows, reference, "metric", text.short(name), "higher is better", larger_is_better=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -132,15 +133,19 @@ def tradeoff(
     taken: list[Box] = []
     if reference is not None:
         out.append(_line("float", x(reference.x), top, x(reference.x), bottom))
-        note = f"{short(reference.name)}, {x_text(reference.x)}"
+        note = short(reference.name)
         out.append(_text(x(reference.x) - 6, top + 11, note, "float", "end"))
         taken.append((x(reference.x) - 6 - _CHAR * len(note), top, x(reference.x), top + 14))
         if across:
             out.append(_line("float", left, y(across.y), right, y(across.y)))
+            taken.append((left, y(across.y) - 1, right, y(across.y) + 1))
     if best:
         steps = f"M{x(best[0].x):.1f} {y(best[0].y):.1f}" + "".join(f"H{x(p.x):.1f}V{y(p.y):.1f}" for p in best[1:])
-        end = x(reference.x) if reference else right
-        out.append(Markup('<path class="front" d="{}H{:.1f}"/>').format(steps, max(end, x(best[-1].x))))
+        end = max(x(reference.x) if reference else right, x(best[-1].x))
+        corners = [*((x(p.x), y(p.y)) for p in best), (end, y(best[-1].y))]
+        for (x1, y1), (x2, y2) in pairwise(corners):
+            taken += [(x1, y1 - 1, x2, y1 + 1), (x2 - 1, min(y1, y2), x2 + 1, max(y1, y2))]
+        out.append(Markup('<path class="front" d="{}H{:.1f}"/>').format(steps, end))
 
     series = list(dict.fromkeys(p.series for p in points))
     on_front = set(map(id, best))
@@ -149,12 +154,16 @@ def tradeoff(
         mark = _mark(x(p.x), y(p.y), series.index(p.series), filled=id(p) in on_front)
         tip = f"{p.name}: {x_text(p.x)}, {number(p.y)}" + (f" ({p.series})" if p.series else "")
         out.append(Markup("<g>{}<title>{}</title></g>").format(mark, short(tip, 96)))
+    named: list[tuple[str, float, float]] = []
     for p in [*best, *(p for p in points if id(p) not in on_front)]:
         name = short(p.name, 28)
+        if any(name == other and math.hypot(x(p.x) - at_x, y(p.y) - at_y) < 60 for other, at_x, at_y in named):
+            continue  # its neighbour says the same, and the shapes tell them apart
         place = _place(x(p.x), y(p.y), _CHAR * len(name), taken, (left, top, right, bottom))
         if place is not None:
             box, anchor, at = place
             taken.append(box)
+            named.append((name, x(p.x), y(p.y)))
             out.append(_text(at, box[3] - 3, name, "name best" if id(p) in on_front else "name", anchor))
     if len(series) > 1:
         at = right

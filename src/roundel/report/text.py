@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 
-__all__ = ["count", "inert", "number", "percent", "seconds", "short", "size"]
+__all__ = ["change", "count", "inert", "number", "percent", "seconds", "short", "size"]
 
 
 def inert(text: object) -> str:
@@ -68,6 +68,15 @@ def size(nbytes: float | None, form: Callable[[float], str] = number) -> str:
 def percent(share: float | None, places: int = 2) -> str:
     """A share of 1 in percent."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.{places}f} %".replace("-", "−")
+
+
+def change(value: float | None, metric: str) -> str:
+    """A metric's difference, signed: top1 in percentage points, perplexity (a relative one) in percent, others as they are."""
+    if value is None or math.isnan(value):
+        return "–"
+    if metric in ("top1", "perplexity"):
+        return f"{100 * value:+.2f}".replace("-", "−") + (" %" if metric == "perplexity" else "")
+    return ("+" if value >= 0 else "") + number(value)
 
 
 def seconds(value: float | None) -> str:
