@@ -36,6 +36,10 @@ def calibrate(
     """Run ``module`` on ``data`` and return site -> `Stats`, sites as they are named by `Sites` or ``layer.input``.
 
     ``only`` names the sites wanted. Raises `InputError` for empty data and for values that are not finite, with batch and site.
+
+    >>> ranges = calibrate(nn.Sequential(nn.Linear(2, 1)), [torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.0]])])
+    >>> ranges["0.input"].min, ranges["0.input"].max
+    (-2.0, 3.0)
     """
     graph_path = isinstance(module, GraphModule)
     root: Mapping[str, str]

@@ -1,10 +1,10 @@
 """Every error a user can cause; each says what was asked, what is possible and what to do.
 
-    RoundelError
-    ├── FormatError    a format text, or numbers that a format cannot hold
-    ├── InputError     a model, data or artifact file that cannot be read as what it claims to be
-    ├── PlanError      a plan or an argument that does not fit the model
-    └── CheckError     a check that was asked for and missed (exit status 1 on the command line)
+RoundelError
+├── FormatError    a format text, or numbers that a format cannot hold
+├── InputError     a model, data or artifact file that cannot be read as what it claims to be
+├── PlanError      a plan or an argument that does not fit the model
+└── CheckError     a check that was asked for and missed (exit status 1 on the command line)
 """
 
 

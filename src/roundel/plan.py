@@ -59,7 +59,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if not hit:
                 names = sorted({slot.layer for slot in slots} | {slot.name for slot in slots})
                 near = difflib.get_close_matches(rule.pattern, names, 3, 0.3) or names[:3]
-                raise PlanError(f"no layer matches the pattern {rule.pattern!r}; the nearest names are {', '.join(near) or 'none: the model has no layer to quantize'}")
+                raise PlanError(
+                    f"no layer matches the pattern {rule.pattern!r}; the nearest names are {', '.join(near) or 'none: the model has no layer to quantize'}"
+                )
         return table
 
     def to_json(self) -> bytes:

@@ -60,6 +60,11 @@ class QModel:
 
     ``tied`` maps a name to the earlier one whose tensor it shares. ``template`` is a live network that the module path puts packed
     layers into; it is not saved. Every exporter reads only this value.
+
+    >>> from roundel import quantize
+    >>> q = quantize(nn.Sequential(nn.Linear(64, 10, bias=False)), "int4/g32")
+    >>> q.nbytes, q.bits, q.module(torch.ones(1, 64)).shape
+    (360, 4.5, torch.Size([1, 10]))
     """
 
     structure: Structure
@@ -105,7 +110,13 @@ class QModel:
 
 
 def fake(q: QModel) -> nn.Module:
-    """The fake-quantized twin of ``q.module``: real weights, encoded at each use, trainable, and equal to it bit for bit."""
+    """The fake-quantized twin of ``q.module``: real weights, encoded at each use, trainable, and equal to it bit for bit.
+
+    >>> from roundel import quantize
+    >>> q, x = quantize(nn.Linear(8, 4), "int4", "int8:dynamic", data=[torch.randn(2, 8)]), torch.randn(2, 8)
+    >>> torch.equal(fake(q)(x), q.module(x))
+    True
+    """
     return _build(q, FakeWeight).eval()
 
 
@@ -113,6 +124,11 @@ def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
     """Read a saved model. ``into`` is the network of an External structure; nothing that a file names is ever imported.
 
     Raises `InputError` for a file that is damaged, not Roundel's, or of a newer format version.
+
+    >>> from roundel import quantize
+    >>> quantize(nn.Linear(8, 4), "int4", data=[torch.randn(2, 8)]).save("small.safetensors")
+    >>> load("small.safetensors").module(torch.ones(1, 8)).shape
+    torch.Size([1, 4])
     """
     _, metadata = read_header(path)
     if KEY not in metadata:
@@ -272,7 +288,10 @@ def _lift_params(name: str, fmt: Format, flat: dict[str, Tensor]) -> Stored:
 
     scale, offset = one(fmt.scale, "scale"), one(fmt.zero or fmt.min, "offset")
     return Stored(
-        scale.matrix_values() if scale is not None else None, offset.matrix_values() if offset is not None else None, None, (scale, offset, None)
+        scale.matrix_values() if scale is not None else None,
+        offset.matrix_values() if offset is not None else None,
+        None,
+        (scale, offset, None),
     )
 
 
@@ -321,4 +340,6 @@ def _assign(module: nn.Module, rest: Mapping[str, Tensor], tied: Mapping[str, st
         elif leaf in parent._buffers:
             parent._buffers[leaf] = rest[first]
         else:
-            raise InputError(f"the network's {owner or 'root'} has no parameter or buffer {leaf!r}; is it the model that was quantized?")
+            raise InputError(
+                f"the network's {owner or 'root'} has no parameter or buffer {leaf!r}; is it the model that was quantized?"
+            )

@@ -164,13 +164,17 @@ class _ModuleNetwork:
         self.sites = {f"{name}.input" for name in self.found}
         left = [name for name, p in module.named_parameters() if p.ndim >= 2 and name.rpartition(".")[0] not in self.found]
         if left:
-            notes.append(Note("model", f"{len(left)} parameters are in no layer that Roundel quantizes and stay float: {_some(left)}"))
+            notes.append(
+                Note("model", f"{len(left)} parameters are in no layer that Roundel quantizes and stay float: {_some(left)}")
+            )
 
     def resolve(self, plan: Plan) -> dict[str, Choice | None]:
         table = plan.resolve(leaf_slots(self.found))
         for alias, first in self.tied.items():
             if alias in table and first in table and table[alias] != table[first]:
-                raise PlanError(f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither")
+                raise PlanError(
+                    f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither"
+                )
         return {name: c for name, c in table.items() if name not in self.tied}
 
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
@@ -196,13 +200,17 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
     if hf_config(model) is not None:
         return _ModuleNetwork(model, notes)
     if items is None:
-        notes.append(Note("model", "no data to trace it with, so the file holds no structure: load it with load(path, into=module)"))
+        notes.append(
+            Note("model", "no data to trace it with, so the file holds no structure: load it with load(path, into=module)")
+        )
         return _ModuleNetwork(model, notes)
     example = items[0].named or items[0].args
     try:
         return _GraphNetwork(fuse(capture(model, example)))
     except InputError as err:
-        notes.append(Note("model", f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only"))
+        notes.append(
+            Note("model", f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only")
+        )
         return _ModuleNetwork(model, notes)
 
 
@@ -226,13 +234,21 @@ def _refuse(model: object, solver: str) -> None:
     if isinstance(model, QModel):
         raise PlanError("this model is quantized already; start from the float model")
     if not isinstance(model, nn.Module):
-        raise PlanError(f"a model is a torch.nn.Module, got {type(model).__name__}; roundel.read(path) makes one from a file or folder")
+        raise PlanError(
+            f"a model is a torch.nn.Module, got {type(model).__name__}; roundel.read(path) makes one from a file or folder"
+        )
     if solver not in SOLVERS:
         raise PlanError(f"there is no solver {solver!r}; there are {', '.join(SOLVERS)}")
     for name, child in model.named_modules():
         where = type(child).__module__
-        if "quantized" in where or where.startswith(("bitsandbytes", "torchao", "auto_gptq", "gptqmodel")) or where.startswith("roundel.network"):
-            raise PlanError(f"{name or 'the model'} is a {type(child).__name__}: it is quantized already; start from the float model")
+        if (
+            "quantized" in where
+            or where.startswith(("bitsandbytes", "torchao", "auto_gptq", "gptqmodel"))
+            or where.startswith("roundel.network")
+        ):
+            raise PlanError(
+                f"{name or 'the model'} is a {type(child).__name__}: it is quantized already; start from the float model"
+            )
 
 
 def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, Choice | None], notes: list[Note]) -> None:
@@ -243,19 +259,28 @@ def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, 
         bad = ~torch.isfinite(w)
         if bool(bad.any()):
             first = tuple(bad.nonzero()[0].tolist())
-            raise InputError(f"{target.name}: {int(bad.sum())} of {w.numel()} weights are not finite, the first at {first}; repair the model")
+            raise InputError(
+                f"{target.name}: {int(bad.sum())} of {w.numel()} weights are not finite, the first at {first}; repair the model"
+            )
         choice = table.get(target.name)
         if choice is None:
             continue
         if choice.format.table == MODEL:
-            raise PlanError(f"{target.name}: a table shared by the model ({choice.format}) is not built yet; use @tensor or @channel")
+            raise PlanError(
+                f"{target.name}: a table shared by the model ({choice.format}) is not built yet; use @tensor or @channel"
+            )
         cols = to_matrix(w, target.axis).shape[1]
         group = choice.format.share.cols
         if group and cols % group:
             short.setdefault(group, []).append(target.name)
         _check_outlier(target, choice.format, notes)
     for group, names in short.items():
-        notes.append(Note("groups", f"groups of {group} do not divide the rows of {len(names)} tensors, whose last group is short: {_some(names)}"))
+        notes.append(
+            Note(
+                "groups",
+                f"groups of {group} do not divide the rows of {len(names)} tensors, whose last group is short: {_some(names)}",
+            )
+        )
 
 
 def _check_outlier(target: _Target, fmt: Format, notes: list[Note]) -> None:
@@ -319,7 +344,9 @@ def _activations(
 
 def _static(name: str, fmt: Format, seen: Stats, ranges: str) -> Activation:
     if fmt.share.word != "tensor":
-        raise PlanError(f"site {name!r}: static activations share one scale per tensor, got {fmt}; use /tensor, or ':dynamic' for tokens and groups")
+        raise PlanError(
+            f"site {name!r}: static activations share one scale per tensor, got {fmt}; use /tensor, or ':dynamic' for tokens and groups"
+        )
     if isinstance(fmt.grid, Real):
         return Activation(fmt, "static", fmt.store(fmt.from_range(torch.zeros(1, 1), torch.zeros(1, 1))))
     low, high = fmt.extremes if isinstance(fmt.grid, Uniform) else (-(2 ** (fmt.bits - 1) - 1), 2 ** (fmt.bits - 1) - 1)
@@ -335,7 +362,11 @@ def _static(name: str, fmt: Format, seen: Stats, ranges: str) -> Activation:
 
 
 def _weights(
-    network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, Choice | None], solver: str, progress: Progress | None, notes: list[Note]
+    network: _GraphNetwork | _ModuleNetwork,
+    table: Mapping[str, Choice | None],
+    solver: str,
+    progress: Progress | None,
+    notes: list[Note],
 ) -> dict[str, QTensor]:
     solve = SOLVERS[solver]
     tensors: dict[str, QTensor] = {}
@@ -359,7 +390,12 @@ def _solve(solve: Callable[..., QTensor], target: _Target, fmt: Format, notes: l
             narrow = solve(target.weight, fmt, axis=target.axis)
             if torch.equal(narrow.dequantize(), target.weight.float()):
                 return narrow
-            notes.append(Note(target.name, f"its numbers already lie on the grid of {wide}: the scale is kept as fp32, so that they come back exactly"))
+            notes.append(
+                Note(
+                    target.name,
+                    f"its numbers already lie on the grid of {wide}: the scale is kept as fp32, so that they come back exactly",
+                )
+            )
             return kept
     try:
         return solve(target.weight, fmt, axis=target.axis)

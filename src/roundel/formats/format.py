@@ -120,6 +120,8 @@ class Format:
             return str(self.grid)
         at = f"@{self.table}" if self.table else ""
         scale = _part(self.scale) if self.scale else "one"
+        if self.scale and self.scale.scale is None and isinstance(self.scale.grid, Uniform):
+            scale = str(self.scale)  # a bare integer there is sugar for one that counts in units of an outer scale
         offset = f"~{_part(self.zero)}" if self.zero else f"-{_part(self.min)}" if self.min else ""
         return f"{self.grid}{at}/{self.share}*{scale}{offset}"
 
@@ -208,12 +210,8 @@ class Format:
 
 
 def _part(part: Format) -> str:
-    """A nested format's text; one that needs no scale of its own is named by its grid alone."""
-    plain = part.scale is None and part.share == TENSOR and not isinstance(part.grid, Codebook)
-    integer_scale = isinstance(part.grid, Uniform)
-    if plain and not integer_scale:
-        return str(part.grid)
-    return f"{part.grid}" if plain else str(part)
+    """A nested format's text; a parameter that has no scale of its own is named by its grid alone."""
+    return str(part.grid) if part.scale is None and part.share == TENSOR else str(part)
 
 
 class _Parser:

@@ -17,7 +17,9 @@ from .pack import pack, unpack
 
 def to_matrix(w: Tensor, axis: int = 0) -> Tensor:
     """The (rows, columns) view every format works on: ``axis`` first, the rest flattened; 0-d and 1-d tensors are one row."""
-    return w.reshape(1, -1) if w.ndim < 2 else w.movedim(axis, 0).reshape(w.shape[axis], math.prod(w.shape) // max(1, w.shape[axis]))
+    return (
+        w.reshape(1, -1) if w.ndim < 2 else w.movedim(axis, 0).reshape(w.shape[axis], math.prod(w.shape) // max(1, w.shape[axis]))
+    )
 
 
 def from_matrix(m: Tensor, shape: tuple[int, ...], axis: int = 0) -> Tensor:

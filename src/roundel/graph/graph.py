@@ -54,6 +54,10 @@ class Graph:
     ``nodes`` are in execution order, each value is made once. ``constants`` maps a name such as ``conv1.weight`` to its
     tensor; ``values`` gives the `Spec` of the inputs and, where known, of every other value. ``notes`` are sentences that a
     reader or a pass wants the user to see.
+
+    >>> graph = Graph(("x",), ("y",), (Node("relu", ("x",), ("y",)),))
+    >>> Graph.from_json(graph.to_json(), {}).to_json() == graph.to_json()
+    True
     """
 
     inputs: tuple[str, ...]

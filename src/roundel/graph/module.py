@@ -75,7 +75,9 @@ def bind_inputs(graph: Graph, args: tuple[Tensor, ...], named: dict[str, Tensor]
         spec = graph.values.get(name)
         if spec is None:
             continue
-        fits = tensor.ndim == len(spec.shape) and all(isinstance(want, str) or want == got for want, got in zip(spec.shape, tensor.shape, strict=False))
+        fits = tensor.ndim == len(spec.shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(spec.shape, tensor.shape, strict=False)
+        )
         if not fits:
             raise InputError(f"input {name!r} must have shape {list(spec.shape)}; got {list(tensor.shape)}")
         if tensor.is_floating_point() != getattr(torch, spec.dtype).is_floating_point:

@@ -317,7 +317,13 @@ def max_pool(x: Tensor, *, kernel: Sequence[int], stride: Sequence[int], padding
 
 @op
 def avg_pool(
-    x: Tensor, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], count_pad: bool = False, act: str | None = None
+    x: Tensor,
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    count_pad: bool = False,
+    act: str | None = None,
 ) -> Tensor:
     """``padding`` as in `conv`; padded places are left out of the mean unless ``count_pad``."""
     fn = F.avg_pool1d if x.ndim == 3 else F.avg_pool2d

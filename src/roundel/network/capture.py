@@ -31,6 +31,10 @@ def capture(module: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str,
     The module comes back as it was, training mode included, also after a failure.
 
     Raises `InputError`: meta tensors, a forward that branches on the data, operations outside the list (all of them at once).
+
+    >>> net = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+    >>> [(node.name, node.op) for node in capture(net, torch.randn(3, 4))]
+    [('0', 'linear'), ('1', 'relu')]
     """
     if isinstance(module, GraphModule):
         return module.graph

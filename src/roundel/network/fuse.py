@@ -22,6 +22,12 @@ def fuse(graph: Graph) -> Graph:
     attention that arrive taken apart become one node each, batch norms and per-channel constants go into the layer before
     them, and ReLU or ReLU6 becomes its producer's ``act``. A pattern keeps the name of the value that leaves it; a layer
     keeps its own name, whatever is folded into it. Nothing is fused whose inner values are read from elsewhere.
+
+    >>> import torch
+    >>> from roundel import capture
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    >>> [(node.op, node.attrs["act"]) for node in fuse(capture(net, torch.randn(1, 3, 8, 8)))]
+    [('conv', 'relu')]
     """
     for matchers in (_CLEAN, _PATTERNS + _CLEAN, _FOLDS, _ACTS):
         while (smaller := _sweep(graph, matchers)) is not graph:

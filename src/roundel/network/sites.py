@@ -10,7 +10,20 @@ from .layer import WEIGHTED
 
 #: Operations whose result holds only numbers of their first operand: it inherits that operand's parameters.
 MOVES = frozenset(
-    ["identity", "reshape", "transpose", "slice", "split", "pad", "expand", "expand_batch", "gather", "max_pool", "amax", "depth_to_space"]
+    [
+        "identity",
+        "reshape",
+        "transpose",
+        "slice",
+        "split",
+        "pad",
+        "expand",
+        "expand_batch",
+        "gather",
+        "max_pool",
+        "amax",
+        "depth_to_space",
+    ]
 )
 
 #: Operations whose operands and result share one set of parameters.
@@ -67,7 +80,9 @@ def find_sites(graph: Graph) -> Sites:
         if node.op in SHARED:
             for name in operands[1 if node.op == "where" else 0 :]:
                 if name in parent:
-                    join(node.outputs[0], name) if _position(graph, name) > _position(graph, node.outputs[0]) else join(name, node.outputs[0])
+                    join(node.outputs[0], name) if _position(graph, name) > _position(graph, node.outputs[0]) else join(
+                        name, node.outputs[0]
+                    )
             moved.update(node.outputs)
     root = {name: find(name) for name in parent}
     origin: dict[str, list[str]] = {}

@@ -40,7 +40,12 @@ def leaf(name: str, module: nn.Module) -> Leaf | None:
     if kind in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         n = 1 if kind is nn.Conv1d else 2
         pads = [p for side in reversed(_sequence(module.padding, n)) for p in (side, side)]
-        attrs = {"stride": _sequence(module.stride, n), "padding": pads, "dilation": _sequence(module.dilation, n), "groups": module.groups}
+        attrs = {
+            "stride": _sequence(module.stride, n),
+            "padding": pads,
+            "dilation": _sequence(module.dilation, n),
+            "groups": module.groups,
+        }
         return Leaf(name, "conv", attrs, module.weight, module.bias)
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d):
         n = 1 if kind is nn.ConvTranspose1d else 2

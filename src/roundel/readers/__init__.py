@@ -24,6 +24,9 @@ def read(path: AnyPath, *, inputs: Sequence[int | str] | None = None, state: Any
     at these tensors (index or name) instead of its own inputs. The module is in evaluation mode; what the reader wants the
     user to know is in `reader_notes`. Raises `InputError` that says what was found and what to do; nothing that a model file
     contains is ever run.
+
+    >>> type(read("torch.nn:Identity")).__name__
+    'Identity'
     """
     text = os.fsdecode(path)
     if not os.path.lexists(text) and _FACTORY.fullmatch(text):

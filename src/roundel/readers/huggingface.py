@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -16,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import AnyPath, nearest, open_regular, read_header, read_safetensors, show
+from ..files import AnyPath, open_regular, read_header, read_safetensors, show
+from ..network.huggingface import first_line, misfit, quiet, resolve
 from .torchfile import read_state
-
-#: Keys of config.json that say where it came from or what may be downloaded; they decide nothing about the model.
-_IGNORED = ("_name_or_path", "auto_map", "custom_pipelines", "_commit_hash", "trust_remote_code")
 
 #: What does not fit is reported to us, who refuse it by name, instead of raised or passed over.
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -46,7 +40,7 @@ def read_folder(path: AnyPath) -> nn.Module:
     if "auto_map" in raw:
         notes.append("config.json brings code of its own (auto_map); it is ignored, transformers' built-in class is used")
     shards = _shards(folder)
-    config, cls = _resolve(raw, show(path))
+    config, cls = resolve(raw, show(path))
     state: dict[str, Tensor] = {}
     for shard in shards:
         if shard.suffix == ".safetensors":
@@ -63,11 +57,11 @@ def read_folder(path: AnyPath) -> nn.Module:
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
     if len(dtypes) > 1:
         notes.append(f"weights are stored in {', '.join(sorted(map(str, dtypes)))}; all are read as float32")
-    with _quiet():
+    with quiet():
         try:
             module, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **_REPORT)
-        except _misfit() as err:
-            raise InputError(f"{show(path)}: transformers cannot load it as {cls.__name__}: {_first_line(err)}") from err
+        except misfit() as err:
+            raise InputError(f"{show(path)}: transformers cannot load it as {cls.__name__}: {first_line(err)}") from err
     if wrong := sorted(info["mismatched_keys"]):
         name, found, wanted = wrong[0]
         raise InputError(f"{show(path)}: weight {name!r} has shape {list(found)}, config.json asks for {list(wanted)}")
@@ -80,36 +74,6 @@ def read_folder(path: AnyPath) -> nn.Module:
         shown = ", ".join(map(repr, extra[:4])) + (" ..." if len(extra) > 4 else "")
         notes.append(f"{len(extra)} stored tensors are not part of {cls.__name__} and left out: {shown}")
     module.roundel_notes = tuple(notes)
-    return module.eval()
-
-
-def hf_config(module: nn.Module) -> dict[str, Any] | None:
-    """What `huggingface_skeleton` needs to build ``module`` again: its whole config as plain JSON with the class under
-    ``architectures``, no paths in it; None for a module that is no transformers model."""
-    config: Any = getattr(module, "config", None)
-    if not (hasattr(config, "to_json_string") and type(module).__module__.startswith("transformers.")):
-        return None
-    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    dtype = next((str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()), "float32")
-    return {k: v for k, v in plain.items() if k not in _IGNORED} | {"architectures": [type(module).__name__], "dtype": dtype}
-
-
-def huggingface_skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """The model that a config dict describes, with parameters on the meta device (no memory) and true buffers.
-
-    Buffers (rotary frequencies, position ids) are small and computed, not stored, so they are made for real. The result is
-    in evaluation mode and waits for its weights. Raises `InputError` as `read_folder` does for the config.
-    """
-    settings, cls = _resolve(dict(config), "the stored config")
-    before = torch.get_default_dtype()
-    with _quiet(), _meta_parameters():
-        try:
-            torch.set_default_dtype(getattr(torch, str(config.get("dtype") or "float32"), torch.float32))
-            module: nn.Module = cls(settings)
-        except _misfit() as err:
-            raise InputError(f"the stored config does not describe a {cls.__name__}: {_first_line(err)}") from err
-        finally:
-            torch.set_default_dtype(before)
     return module.eval()
 
 
@@ -126,7 +90,7 @@ def read_tokenizer(path: AnyPath) -> Callable[[str], list[int]]:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text.decode())
     except Exception as err:  # the library raises the bare class
-        raise InputError(f"{show(file)} is no tokenizer: {_first_line(err)}") from err
+        raise InputError(f"{show(file)} is no tokenizer: {first_line(err)}") from err
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
@@ -145,7 +109,7 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as err:
-        raise InputError(f"{show(folder / name)} is no JSON table: {_first_line(err)}") from err
+        raise InputError(f"{show(folder / name)} is no JSON table: {first_line(err)}") from err
     return value
 
 
@@ -195,91 +159,5 @@ def _there(folder: Path, name: str, promised: Sequence[str] = ()) -> Path:
     return path
 
 
-# -- transformers -----------------------------------------------------------------------------------------------------
-
-
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as err:
-        raise InputError("a Hugging Face model needs the package transformers: pip install 'roundel[hf]'") from err
-    return transformers
-
-
-def _resolve(raw: dict[str, Any], where: str) -> tuple[Any, Any]:
-    """(config object, model class) from a config's plain content; only classes of transformers itself."""
-    transformers = _transformers()
-    kind, architectures = raw.get("model_type"), raw.get("architectures") or []
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    if not isinstance(kind, str) or kind not in known:
-        code = " and brings code of its own (auto_map), which is never run" if "auto_map" in raw else ""
-        raise InputError(
-            f"{where}: model_type {kind!r} is not built into transformers{code}; the nearest there: {nearest(str(kind), known)}"
-        )
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise InputError(f"{where}: 'architectures' is not a list of class names")
-    plain = {key: value for key, value in raw.items() if key not in (*_IGNORED, "model_type")}
-    with _quiet():
-        try:
-            config = transformers.AutoConfig.for_model(kind, **plain)
-        except _misfit() as err:
-            raise InputError(f"{where}: config.json does not describe a {kind!r} model: {_first_line(err)}") from err
-    if not architectures:
-        return config, transformers.MODEL_MAPPING[type(config)]
-    cls: Any = getattr(transformers, architectures[0], None) if architectures[0].isidentifier() else None
-    if not (
-        isinstance(cls, type)
-        and issubclass(cls, transformers.PreTrainedModel)
-        and getattr(cls, "config_class", None) is type(config)
-    ):
-        raise InputError(f"{where}: {architectures[0]!r} is not a {kind!r} model of transformers {transformers.__version__}")
-    return config, cls
-
-
-def _misfit() -> tuple[type[Exception], ...]:
-    """What transformers raises for a config or weights that do not fit; its validators have a class of their own."""
-    from huggingface_hub import errors
-
-    own = getattr(errors, "StrictDataclassError", ValueError)
-    return (own, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, ImportError)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, warnings or chatter of transformers inside; its settings are as before afterwards."""
-    log = _transformers().utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-@contextmanager
-def _meta_parameters() -> Iterator[None]:
-    """Every parameter registered inside moves to the meta device at once, before anything fills it."""
-
-    def to_meta(_module: nn.Module, _name: str, value: nn.Parameter | None) -> nn.Parameter | None:
-        if value is None or value.device.type == "meta":
-            return None  # as it is, so that tied parameters stay one
-        return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
-
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _text(value: Any, key: str) -> str:
     return str(value.get(key)) if isinstance(value, dict) else str(value)
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
