@@ -27,8 +27,10 @@ _WHERE = {
     "fuse": "network",
     "inspect": "inspect",
     "load": "qmodel",
+    "lower": "integer",
     "quantize": "quantize",
     "read": "readers",
+    "simulate": "integer",
 }
 
 __all__ = ["CheckError", "FormatError", "InputError", "PlanError", "RoundelError", *_WHERE]

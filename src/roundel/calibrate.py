@@ -12,7 +12,7 @@ from .data import Batch, batches
 from .errors import InputError
 from .graph import GraphModule
 from .network.sites import find_sites
-from .network.walk import leaves
+from .network.walk import leaves, member
 from .network.watch import watching
 from .stats import Stats
 
@@ -30,6 +30,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is back in the mode that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def calibrate(
     module: nn.Module, data: Iterable[object], *, only: Iterable[str] | None = None, progress: Progress | None = None
 ) -> dict[str, Stats]:
@@ -41,13 +53,14 @@ def calibrate(
     >>> ranges["0.input"].min, ranges["0.input"].max
     (-2.0, 3.0)
     """
-    graph_path = isinstance(module, GraphModule)
     root: Mapping[str, str]
+    constants: Mapping[str, Tensor] = {}
     if isinstance(module, GraphModule):
         found = find_sites(module.structure)
         root = {name: site for site, names in found.origin.items() for name in names}
+        constants = module.graph.constants
     else:
-        root = {f"{name}.input": f"{name}.input" for name in leaves(module)}
+        root = {site: site for site in (member(name, "input") for name in leaves(module))}
     wanted = set(only) if only is not None else None
     stats: dict[str, Stats] = {}
     number = 0
@@ -62,11 +75,9 @@ def calibrate(
             raise InputError(f"calibration batch {number}, site {name!r}: {err}") from err
 
     items = list_of_batches(data)
-    if graph_path:
-        for name, constant in module.graph.constants.items():  # type: ignore[union-attr]
-            if name in root:
-                note(name, constant)
-    with one_thread(), torch.no_grad(), watching(module, note):
+    for name, constant in constants.items():
+        note(name, constant)
+    with one_thread(), torch.no_grad(), evaluating(module), watching(module, note):
         for number, batch in enumerate(items):
             run(module, batch)
             if progress:
@@ -77,11 +88,16 @@ def calibrate(
 def list_of_batches(data: Iterable[object]) -> list[Batch]:
     """The data as batches; `InputError` when there is none."""
     items = list(batches(data))
-    if not items:
+    if not any(map(len, items)):
         raise InputError("the calibration set is empty: give at least one batch (a few hundred samples are usual)")
     return items
 
 
 def run(module: nn.Module, batch: Batch) -> object:
-    """One forward pass."""
-    return module(*batch.args, **batch.named)
+    """One forward pass. Raises `InputError` where the network cannot take the batch."""
+    try:
+        return module(*batch.args, **batch.named)
+    except (RuntimeError, TypeError, ValueError, IndexError) as err:
+        inputs = [*batch.args, *batch.named.values()]
+        shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
+        raise InputError(f"the model cannot run on a batch of {shapes}: {str(err).splitlines()[0]}") from err

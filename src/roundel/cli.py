@@ -155,7 +155,7 @@ def calibrate_command(
 @_inputs
 @click.option("--exclude", metavar="P", multiple=True, help="Leave layers of this name pattern float; may be repeated.")
 @click.option("--plan", metavar="FILE", help="Rules per layer, TOML or JSON; the last match wins.")
-@click.option("--ranges", metavar="M", default="minmax", show_default=True, help="minmax, average, percentile[:P], mse or kl.")
+@click.option("--ranges", metavar="M", default="mse", show_default=True, help="minmax, average, percentile[:P], mse or kl.")
 @click.option("--solver", metavar="S", default="rtn", show_default=True, help="How codes are chosen.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Whatever is drawn at random starts here.")
 @click.option("--strict", is_flag=True, help="A layer left float, a fall-back or a widened format is an error.")

@@ -13,6 +13,7 @@ import msgspec
 
 from .errors import PlanError
 from .formats.format import Format
+from .formats.grid import Codebook
 
 When = Literal["static", "dynamic", "running"]
 
@@ -42,6 +43,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rules: tuple[Rule, ...]
 
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if not isinstance(rule, Rule) or not all(isinstance(v, str | None) for v in (rule.pattern, rule.weight, rule.activation)):
+                raise PlanError(f"a plan is a tuple of Rule(pattern, weight, activation), all of them texts; got {rule!r}")
+
     def resolve(self, slots: Iterable[Slot]) -> dict[str, Choice | None]:
         """Slot name -> its `Choice`, None for float. Raises `PlanError` for a rule that matches nothing, with the nearest names,
         and for a slot that no rule names."""
@@ -59,9 +65,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if not hit:
                 names = sorted({slot.layer for slot in slots} | {slot.name for slot in slots})
                 near = difflib.get_close_matches(rule.pattern, names, 3, 0.3) or names[:3]
-                raise PlanError(
-                    f"no layer matches the pattern {rule.pattern!r}; the nearest names are {', '.join(near) or 'none: the model has no layer to quantize'}"
-                )
+                told = f"the nearest names are {', '.join(near)}" if near else "the model has no layer to quantize"
+                raise PlanError(f"no layer matches the pattern {rule.pattern!r}; {told}")
         return table
 
     def to_json(self) -> bytes:
@@ -89,11 +94,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Slot:
-    """A thing that a plan decides: a weight tensor, or an activation at a site, of one layer."""
+    """A thing that a plan decides: a weight tensor, or an activation at a site, of one layer. ``aliases`` are the ``layer.input``
+    names of a site: patterns that end so find it, others do not."""
 
     name: str
     layer: str
     kind: Literal["weight", "activation"]
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,12 +123,17 @@ class Choice:
             raise PlanError(f"weights are stored, so their format {text!r} takes no ':{tail}'")
         if when == "running":
             raise PlanError(f"{text!r}:running is not built yet; there are :static and :dynamic")
-        return cls(Format.parse(text, kind), when)
+        format = Format.parse(text, kind)
+        if kind == "activation" and isinstance(format.grid, Codebook):
+            raise PlanError(f"{text!r} learns its table from numbers that are stored; activations take intN, uintN, fpN, nf4 or logN")
+        return cls(format, when)
 
 
 def _matches(pattern: str, slot: Slot) -> bool:
     parts = slot.name.split(".")
     names = {slot.name, slot.layer, *(".".join(parts[:i]) for i in range(1, len(parts)))}
+    if pattern.endswith(".input"):
+        names.update(slot.aliases)
     return any(fnmatchcase(name, pattern) for name in names)
 
 

@@ -48,10 +48,14 @@ Structure = Graph | HF | External
 
 
 class Note(msgspec.Struct, frozen=True):
-    """What was done to one tensor, site or layer beyond the plan's words, or what was left undone, and why."""
+    """What was done to one tensor, site or layer beyond the plan's words, or what was left undone, and why.
+
+    ``fallback`` marks what ``strict`` refuses: something left float unasked, or done in another way than asked.
+    """
 
     subject: str
     text: str
+    fallback: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +121,8 @@ def fake(q: QModel) -> nn.Module:
     >>> torch.equal(fake(q)(x), q.module(x))
     True
     """
-    return _build(q, FakeWeight).eval()
+    own = {name: tensor.clone() for name, tensor in q.rest.items()}  # training it must not change q
+    return _build(replace(q, rest=own), FakeWeight).eval()
 
 
 def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
@@ -148,7 +153,7 @@ def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
     if into is not None and not isinstance(structure, External):
         raise InputError(f"{show(path)} brings its own structure; load it without into=")
     return QModel(structure, tensors, activations, document.plan, flat, document.provenance, document.notes,
-                  document.tied, document.format_version, into, str(path))  # fmt: skip
+                  document.tied, document.format_version, share(into) if into is not None else None, str(path))  # fmt: skip
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -307,17 +312,18 @@ def _build(q: QModel, weight: Callable[[QTensor], PackedWeight | FakeWeight]) ->
             raise InputError(f"this model's structure is {q.structure.factory}, which is never imported for you: "
                              f"build it and pass it as load(path, into=module)")  # fmt: skip
         template = huggingface_skeleton(q.structure.config)
-    module = _share(template)
+    module = share(template)
     _assign(module, q.rest, q.tied)
-    install(module, q.tensors, q.tied, q.activations, weight)
+    module = install(module, q.tensors, q.tied, q.activations, weight)
     if empty := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
         raise InputError(f"{len(empty)} tensors of the network are missing from the file, the first is {empty[0]!r}")
     return module
 
 
-def _share(module: nn.Module) -> nn.Module:
+def share(module: nn.Module) -> nn.Module:
     """A copy of the module tree over the same tensors, so that layers can be replaced without touching the original."""
-    memo = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    computed = (t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor))  # by the older weight norm
+    memo = {id(t): t for t in [*module.parameters(), *module.buffers(), *computed]}
     return copy.deepcopy(module, memo)
 
 

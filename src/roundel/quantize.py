@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import __version__
-from .calibrate import Progress, calibrate, list_of_batches, one_thread, run
+from .calibrate import Progress, calibrate, evaluating, list_of_batches, one_thread, run
 from .data import Batch, Preprocess, batches
 from .errors import CheckError, FormatError, InputError, PlanError
 from .evaluate import near_chance, predictions
 from .formats.format import MODEL, Format, with_real
-from .formats.grid import Levels, Real, Uniform
+from .formats.grid import Levels, Uniform
 from .formats.qtensor import QTensor, to_matrix
-from .graph import Graph, GraphModule
+from .graph import Graph, GraphModule, Node
 from .network.capture import capture
 from .network.fuse import fuse
 from .network.huggingface import hf_config
-from .network.layer import Activation
+from .network.layer import WEIGHTED, Activation
 from .network.sites import find_sites, find_slots, find_weights
-from .network.walk import Leaf, leaf_slots, leaves, state
-from .plan import Choice, Plan
-from .qmodel import HF, External, Note, QModel, _Constants
+from .network.walk import Leaf, leaf_slots, leaves, member, state
+from .plan import FLOAT, Choice, Plan, Slot
+from .qmodel import HF, External, Note, QModel, _Constants, share
+from .ranges import known_ranges, static_activation
 from .solvers import SOLVERS
-from .stats import Stats, find_range
+from .stats import Stats
+
+#: A number is an outlier when it is this many times the usual (median) magnitude of its tensor.
+OUTLIER = 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ def quantize(
     *,
     data: Any = None,
     solver: str = "rtn",
-    ranges: str = "minmax",
+    ranges: str = "mse",
     exclude: Iterable[str] = (),
     plan: Plan | None = None,
     preprocess: Preprocess | None = None,
@@ -70,15 +76,18 @@ def quantize(
     (4.5, torch.Size([2, 10]))
     """
     _refuse(model, solver)
-    plan = plan or Plan.of(weights, activations, exclude)
+    plan = _rules(weights, activations, exclude, plan)
     items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
     notes: list[Note] = []
     with one_thread(), torch.no_grad():
-        training = model.training
+        modes = [(part, part.training) for part in model.modules()]
         model.eval()
         try:
+            _check_numbers(model)
             network = _network(model, items, notes)
             table = network.resolve(plan)
+            if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
+                raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
             if any(c and c.when == "static" for name, c in table.items() if name in network.sites) and items is None:
                 raise PlanError("static activations need calibration data: pass data=, or use ':dynamic' ranges, or weights alone")
             _check_weights(network, table, notes)
@@ -87,7 +96,8 @@ def quantize(
             chosen = _activations(network, table, items or [], ranges, progress, notes)
             tensors = _weights(network, table, solver, progress, notes)
         finally:
-            model.train(training)
+            for part, training in modes:
+                part.training = training
     provenance = {
         "roundel": __version__,
         "torch": str(torch.__version__),
@@ -99,9 +109,10 @@ def quantize(
     }
     if preprocess is not None:
         provenance["preprocess"] = preprocess.to_dict()
-    if strict and notes:
-        raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in notes[:5])
-                         + (f"; and {len(notes) - 5} more" if len(notes) > 5 else ""))  # fmt: skip
+    undone = [n for n in notes if n.fallback]
+    if strict and undone:
+        raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in undone[:5])
+                         + (f"; and {len(undone) - 5} more" if len(undone) > 5 else ""))  # fmt: skip
     return network.finish(tensors, chosen, plan, provenance, tuple(notes))
 
 
@@ -111,7 +122,7 @@ def quantize(
 class _GraphNetwork:
     """A fused graph: every edge is a site."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, notes: list[Note]) -> None:
         self.graph = graph
         self.module: nn.Module = GraphModule(graph).eval()
         self.groups = find_sites(graph)
@@ -120,29 +131,34 @@ class _GraphNetwork:
             _Target(name, graph.constants[name], 1 if node.op == "conv_transpose" and node.attrs.get("groups", 1) == 1 else 0)
             for name, node in self.found.items()
         ]
+        self.tied = {f"{node.name}.weight": node for node in graph.nodes if _reads_anothers(node, self.found)}
         self.sites: set[str] = set()
+        _left(notes, [node.inputs[1] for node in graph.nodes if node.op in WEIGHTED and node.inputs[1] in graph.constants
+                      and node.inputs[1] not in self.found])  # fmt: skip
 
     def resolve(self, plan: Plan) -> dict[str, Choice | None]:
         """Static rules decide sites, dynamic ones the inputs of weighted layers; a plan may hold both."""
         static, dynamic = find_slots(self.graph, True), find_slots(self.graph, False)
-        both = {slot.name: slot for slot in [*static, *dynamic]}
+        aliases = [Slot(name, node.name, "weight") for name, node in self.tied.items()]
+        both = {slot.name: slot for slot in [*static, *dynamic, *aliases]}
         table = plan.resolve(both.values())
+        _check_ties(table, {name: node.inputs[1] for name, node in self.tied.items()})
         weights = {slot.name for slot in static if slot.kind == "weight"}
         whole = {slot.name for slot in static} - weights
         kept: dict[str, Choice | None] = {name: table[name] for name in weights}
         for name in whole:
             kept[name] = c if (c := table[name]) is None or c.when == "static" else None
-        inputs = {f"{node.name}.input": node for node in self.graph.nodes}
         for slot in dynamic:
             if slot.kind == "activation" and (c := table[slot.name]) is not None and c.when == "dynamic":
-                site = self.groups.root.get(inputs[slot.name].inputs[0])
-                if site is None or kept.get(site) is None:
-                    kept[slot.name] = c
+                kept[slot.name] = c
         self.sites = whole | {slot.name for slot in dynamic if slot.kind == "activation"}
         return kept
 
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
         return calibrate(self.module, items, only=only, progress=progress)
+
+    def known(self) -> dict[str, tuple[float, float]]:
+        return known_ranges(self.graph, self.groups)
 
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
@@ -159,44 +175,36 @@ class _ModuleNetwork:
         self.module = module
         self.found: dict[str, Leaf] = leaves(module)
         self.tied = _ties(module)
-        self.targets = [_Target(f"{name}.weight", one.weight, one.axis) for name, one in self.found.items()
-                        if f"{name}.weight" not in self.tied]  # fmt: skip
-        self.sites = {f"{name}.input" for name in self.found}
-        left = [name for name, p in module.named_parameters() if p.ndim >= 2 and name.rpartition(".")[0] not in self.found]
-        if left:
-            notes.append(
-                Note("model", f"{len(left)} parameters are in no layer that Roundel quantizes and stay float: {_some(left)}")
-            )
+        named = {member(name, "weight"): one for name, one in self.found.items()}
+        self.targets = [_Target(name, one.weight, one.axis) for name, one in named.items() if name not in self.tied]
+        self.sites = {member(name, "input") for name in self.found}
+        _left(notes, [name for name, p in module.named_parameters() if p.ndim >= 2 and name not in named])
 
     def resolve(self, plan: Plan) -> dict[str, Choice | None]:
         table = plan.resolve(leaf_slots(self.found))
-        for alias, first in self.tied.items():
-            if alias in table and first in table and table[alias] != table[first]:
-                raise PlanError(
-                    f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither"
-                )
+        _check_ties(table, self.tied)
         return {name: c for name, c in table.items() if name not in self.tied}
 
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
         return calibrate(self.module, items, only=only, progress=progress)
 
+    def known(self) -> dict[str, tuple[float, float]]:
+        return {}
+
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
         gone = set(tensors) | {alias for alias, first in self.tied.items() if first in tensors}
-        rest = {name: t for name, t in state(self.module).items() if name not in gone and name not in self.tied}
+        rest = {name: t.clone() for name, t in state(self.module).items() if name not in gone and name not in self.tied}
         config = hf_config(self.module)
         kind = type(self.module)
         structure = HF(config) if config is not None else External(f"{kind.__module__}:{kind.__qualname__}")
-        return QModel(structure, tensors, chosen, plan, rest, provenance, notes, self.tied, template=self.module)
+        return QModel(structure, tensors, chosen, plan, rest, provenance, notes, self.tied, template=share(self.module))
 
 
 def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> _GraphNetwork | _ModuleNetwork:
     """A graph where the model is one or can be captured; transformers models and what cannot be captured go the module path."""
     if isinstance(model, GraphModule):
-        return _GraphNetwork(fuse(model.graph))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise InputError(f"the weights are not loaded: {name!r} is on the meta device")
+        return _GraphNetwork(fuse(model.graph), notes)
     if hf_config(model) is not None:
         return _ModuleNetwork(model, notes)
     if items is None:
@@ -206,25 +214,49 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
         return _ModuleNetwork(model, notes)
     example = items[0].named or items[0].args
     try:
-        return _GraphNetwork(fuse(capture(model, example)))
+        return _GraphNetwork(fuse(capture(model, example)), notes)
     except InputError as err:
         notes.append(
-            Note("model", f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only")
+            Note(
+                "model",
+                f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only",
+                fallback=True,
+            )
         )
         return _ModuleNetwork(model, notes)
 
 
 def _ties(module: nn.Module) -> dict[str, str]:
     """Name -> the earlier name of the same tensor, over the whole state."""
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_meta:
-            key = (tensor.data_ptr(), tensor.shape)
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if key in first:
                 ties[name] = first[key]
             first.setdefault(key, name)
     return ties
+
+
+def _reads_anothers(node: Node, found: Mapping[str, Node]) -> bool:
+    """Whether a layer computes with the weight of another, as a tied head does; a layer that runs again only has a number."""
+    if node.op not in WEIGHTED or found.get(node.inputs[1], node) is node:
+        return False
+    return not re.fullmatch(re.escape(node.inputs[1].removesuffix(".weight")) + r"(_\d+)?", node.name)
+
+
+def _check_ties(table: Mapping[str, Choice | None], tied: Mapping[str, str]) -> None:
+    for alias, first in tied.items():
+        if alias in table and first in table and table[alias] != table[first]:
+            raise PlanError(f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither")
+
+
+def _left(notes: list[Note], names: list[str]) -> None:
+    """List the weights that nothing here can quantize."""
+    if names:
+        what = "parameters are in no layer that Roundel quantizes and stay as they are"
+        notes.append(Note("model", f"{len(names)} {what}: {_some(names)}", fallback=True))
 
 
 # -- checks before any work -------------------------------------------------------------------------------------------
@@ -251,17 +283,54 @@ def _refuse(model: object, solver: str) -> None:
             )
 
 
+def _check_numbers(model: nn.Module) -> None:
+    """Every number is there and finite, those that stay float included; -inf in a buffer or constant is a mask."""
+    graph = model.graph.constants if isinstance(model, GraphModule) else {}
+    parameters = {} if graph else dict(model.named_parameters())
+    tensors = parameters | (dict(graph) if graph else dict(model.named_buffers()))
+    if lazy := [name for name, t in tensors.items() if is_lazy(t)]:
+        raise InputError(f"{_some(lazy)} have no shape yet (lazy modules): run the model once on a batch before quantizing it")
+    if missing := [name for name, t in tensors.items() if t.is_meta]:
+        raise InputError(f"{len(missing)} tensors have no numbers (meta device): {_some(missing)}; load the weights first")
+    for name, t in tensors.items():
+        if t.is_floating_point() or t.is_complex():
+            _check_finite(name, t.detach(), mask=name not in parameters)
+
+
+def _check_finite(name: str, w: Tensor, mask: bool = False) -> None:
+    w = w if w.is_complex() else w.float()
+    bad = ~torch.isfinite(w)
+    if mask and not w.is_complex():
+        bad &= w != -torch.inf
+    if bool(bad.any()):
+        first = tuple(bad.nonzero()[0].tolist())
+        raise InputError(f"{name}: {int(bad.sum())} of {w.numel()} numbers are not finite (in float32), the first at {first}; "
+                         "repair the model")  # fmt: skip
+
+
+def _rules(weights: str | None, activations: str | None, exclude: Iterable[str], plan: Plan | None) -> Plan:
+    """The plan that the arguments ask for; ``exclude`` comes after the rules of a given plan."""
+    for name, text in (("weights", weights), ("activations", activations)):
+        if text is not None and not isinstance(text, str):
+            raise PlanError(f"{name} is a format text such as 'int4/g32', or None; got {type(text).__name__}")
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
+    if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise PlanError(f"exclude holds names of layers, as shell wildcards; got {odd[0]!r}")
+    if plan is None:
+        return Plan.of(weights, activations, patterns)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is a Plan, got {type(plan).__name__}; Plan.read(path) makes one of a TOML or JSON file")
+    if activations is not None:
+        raise PlanError("the plan says how activations are treated; leave activations= away, or add a rule")
+    return Plan((*plan.rules, *Plan.of(None, None, patterns).rules[1:]))
+
+
 def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, Choice | None], notes: list[Note]) -> None:
     """Numbers that are not finite, formats that cannot apply, groups that do not divide: all before the work starts."""
     short: dict[int, list[str]] = {}
     for target in network.targets:
         w = target.weight
-        bad = ~torch.isfinite(w)
-        if bool(bad.any()):
-            first = tuple(bad.nonzero()[0].tolist())
-            raise InputError(
-                f"{target.name}: {int(bad.sum())} of {w.numel()} weights are not finite, the first at {first}; repair the model"
-            )
+        _check_finite(target.name, w)
         choice = table.get(target.name)
         if choice is None:
             continue
@@ -273,7 +342,6 @@ def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, 
         group = choice.format.share.cols
         if group and cols % group:
             short.setdefault(group, []).append(target.name)
-        _check_outlier(target, choice.format, notes)
     for group, names in short.items():
         notes.append(
             Note(
@@ -281,19 +349,6 @@ def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, 
                 f"groups of {group} do not divide the rows of {len(names)} tensors, whose last group is short: {_some(names)}",
             )
         )
-
-
-def _check_outlier(target: _Target, fmt: Format, notes: list[Note]) -> None:
-    """One huge number costs all its neighbours their codes; say which."""
-    w = to_matrix(target.weight, target.axis).float().abs()
-    if w.shape[1] < 2 or not w.numel():
-        return
-    peak = w.amax()
-    middle = w.mean() - peak / w.numel()
-    if peak > 1e4 * middle > 0:
-        where = tuple(divmod(int(w.argmax()), w.shape[1]))
-        notes.append(Note(target.name, f"an outlier of {float(peak):.3g} at {where} is {float(peak / middle):.0f} times the mean: "
-                                       "the numbers that share its scale lose their codes"))  # fmt: skip
 
 
 def _check_float(module: nn.Module, items: list[Batch]) -> None:
@@ -331,31 +386,16 @@ def _activations(
     wanted = {name: c for name, c in table.items() if name in network.sites and c is not None}
     static = {name for name, c in wanted.items() if c.when == "static"}
     stats = network.stats(items, static, progress) if static else {}
+    fixed = network.known()
     chosen: dict[str, Activation] = {}
     for name, choice in wanted.items():
         if choice.when == "dynamic":
             chosen[name] = Activation(choice.format, "dynamic")
         elif name in stats:
-            chosen[name] = _static(name, choice.format, stats[name], ranges)
+            chosen[name] = static_activation(name, choice.format, stats[name], ranges, fixed.get(name))
         else:
-            notes.append(Note(name, "no value passed here during calibration; it stays float"))
+            notes.append(Note(name, "no value passed here during calibration; it stays float", fallback=True))
     return chosen
-
-
-def _static(name: str, fmt: Format, seen: Stats, ranges: str) -> Activation:
-    if fmt.share.word != "tensor":
-        raise PlanError(
-            f"site {name!r}: static activations share one scale per tensor, got {fmt}; use /tensor, or ':dynamic' for tokens and groups"
-        )
-    if isinstance(fmt.grid, Real):
-        return Activation(fmt, "static", fmt.store(fmt.from_range(torch.zeros(1, 1), torch.zeros(1, 1))))
-    low, high = fmt.extremes if isinstance(fmt.grid, Uniform) else (-(2 ** (fmt.bits - 1) - 1), 2 ** (fmt.bits - 1) - 1)
-    lo, hi = find_range(seen, ranges, int(low), int(high))
-    params = fmt.from_range(torch.full((1, 1), lo), torch.full((1, 1), hi))
-    try:
-        return Activation(fmt, "static", fmt.store(params))
-    except FormatError as err:
-        raise FormatError(f"site {name!r}, range {lo:.3g} to {hi:.3g}: {err}") from err
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -376,13 +416,14 @@ def _weights(
             notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
         elif choice is not None:
             tensors[target.name] = _solve(solve, target, choice.format, notes)
+            _tell_outlier(target, tensors[target.name], notes)
         if progress:
             progress("quantize", i + 1, len(network.targets))
     return tensors
 
 
 def _solve(solve: Callable[..., QTensor], target: _Target, fmt: Format, notes: list[Note]) -> QTensor:
-    """Solve one weight; its scales are stored as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
+    """Solve one weight; scales are kept as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
     wide = with_real(fmt, "fp32")
     if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(solve, target, wide):
         kept = solve(target.weight, wide, axis=target.axis)
@@ -402,8 +443,27 @@ def _solve(solve: Callable[..., QTensor], target: _Target, fmt: Format, notes: l
     except FormatError as err:
         if wide == fmt:
             raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: {err}") from err
-        notes.append(Note(target.name, f"{err}; done, as {wide}"))
+        notes.append(Note(target.name, f"{err}; done, as {wide}", fallback=True))
         return solve(target.weight, wide, axis=target.axis)
+
+
+def _tell_outlier(target: _Target, q: QTensor, notes: list[Note]) -> None:
+    """One huge number costs those that share its scale their codes; say where it is and how many."""
+    w = to_matrix(target.weight, target.axis).float()
+    size = w.abs().flatten()
+    usual = size[:: max(1, size.numel() >> 12)]
+    usual = usual[usual > 0]
+    if not usual.numel() or float(size.max()) <= OUTLIER * float(usual.median()):
+        return
+    row, col = divmod(int(size.argmax()), w.shape[1])
+    high, wide = q.format.share.block(q.matrix)
+    rows, cols = (slice(i // n * n, i // n * n + n) for i, n in ((row, high), (col, wide)))
+    real, kept = w[rows, cols], to_matrix(q.dequantize(), q.axis)[rows, cols]
+    lost = int(((real - kept).abs() >= real.abs()).logical_and(real != 0).sum())
+    if lost:
+        where = tuple(int(i) for i in torch.unravel_index(target.weight.abs().argmax(), target.weight.shape))
+        notes.append(Note(target.name, f"an outlier of {float(w[row, col]):.3g} at {where} costs {lost} of the {real.numel()} numbers "
+                                       "that share its scale their codes; repair it, exclude the layer or take smaller groups"))  # fmt: skip
 
 
 def _on_grid(solve: Callable[..., QTensor], target: _Target, fmt: Format) -> bool:

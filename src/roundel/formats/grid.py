@@ -29,7 +29,7 @@ class Uniform:
         return f"{'int' if self.signed else 'uint'}{self.bits}"
 
     def bounds(self, full: bool) -> tuple[int, int]:
-        """Smallest and largest integer. Signed grids of 8 bits and more leave out -2^(bits-1) unless ``full``, so that 0 is central."""
+        """Smallest and largest integer. From 8 bits on, signed grids leave out -2^(bits-1) unless ``full``: 0 is central."""
         if not self.signed:
             return 0, 2**self.bits - 1
         top = 2 ** (self.bits - 1)

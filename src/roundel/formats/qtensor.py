@@ -14,6 +14,9 @@ from .format import Format
 from .grid import Uniform
 from .pack import pack, unpack
 
+#: Numbers decoded at a time: the temporaries stay in cache, and small whatever the tensor.
+CHUNK = 1 << 16
+
 
 def to_matrix(w: Tensor, axis: int = 0) -> Tensor:
     """The (rows, columns) view every format works on: ``axis`` first, the rest flattened; 0-d and 1-d tensors are one row."""
@@ -93,8 +96,17 @@ class QTensor:
         return codes
 
     def matrix_values(self, rows: Tensor | None = None) -> Tensor:
-        """Values of the matrix view, or of some of its rows, float32."""
-        return codec.decode(self.format, self.unpack(rows), self.params, None, rows)[:, : self.matrix[1]]
+        """Values of the matrix view, or of some of its rows, float32; made a few rows at a time, so little more than them is held."""
+        count, cols = self.matrix
+        index = torch.arange(count) if rows is None else rows
+        step = max(1, CHUNK // max(1, cols))
+        if len(index) <= step:
+            return codec.decode(self.format, self.unpack(rows), self.params, None, rows)[:, :cols]
+        out = torch.empty(len(index), cols)
+        for i in range(0, len(index), step):
+            part = index[i : i + step]
+            out[i : i + step] = codec.decode(self.format, self.unpack(part), self.params, None, part)[:, :cols]
+        return out
 
     def dequantize(self) -> Tensor:
         """Values in the original shape, float32."""

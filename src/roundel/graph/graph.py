@@ -14,6 +14,12 @@ from ..errors import InputError
 #: The name of the symbolic batch dimension in a `Spec.shape`.
 BATCH = "N"
 
+#: The integer op set: what `integer.lower` writes, as `integer.ops` defines it. The real one is `OPS`.
+INTEGER_OPS = frozenset(
+    ["quantize", "dequantize", "conv", "linear", "add", "sum", "sum_pool", "avg_pool", "max_pool", "rescale", "softmax", "reshape",
+     "transpose", "slice", "concat", "pad"]
+)  # fmt: skip
+
 
 class Spec(msgspec.Struct, frozen=True):
     """Shape and dtype of a value; a dimension is a size or a symbol such as ``"N"``."""
@@ -38,13 +44,14 @@ class Node(msgspec.Struct, frozen=True):
         return self.outputs[0]
 
 
-class _Wire(msgspec.Struct):
+class _Wire(msgspec.Struct, omit_defaults=True):
     """What `Graph.to_json` writes: everything but the constants' numbers."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     values: dict[str, Spec]
+    opset: str = "real"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +60,7 @@ class Graph:
 
     ``nodes`` are in execution order, each value is made once. ``constants`` maps a name such as ``conv1.weight`` to its
     tensor; ``values`` gives the `Spec` of the inputs and, where known, of every other value. ``notes`` are sentences that a
-    reader or a pass wants the user to see.
+    reader or a pass wants the user to see. ``opset`` names the list of operations: ``"real"``, or ``"integer"`` once lowered.
 
     >>> graph = Graph(("x",), ("y",), (Node("relu", ("x",), ("y",)),))
     >>> Graph.from_json(graph.to_json(), {}).to_json() == graph.to_json()
@@ -66,16 +73,20 @@ class Graph:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     values: Mapping[str, Spec] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    opset: str = "real"
 
     def __post_init__(self) -> None:
         from .ops import OPS
 
+        ops = {"real": OPS.keys(), "integer": INTEGER_OPS}.get(self.opset)
+        if ops is None:
+            raise InputError(f"there is no op set {self.opset!r}; there are real and integer")
         known = {"", *self.inputs, *self.constants}
         if len(known) != 1 + len(self.inputs) + len(self.constants):
             raise InputError("a graph input and a constant share one name")
         for node in self.nodes:
-            if node.op not in OPS:
-                raise InputError(f"operation {node.op!r} of {node.name!r} is not one of: {', '.join(sorted(OPS))}")
+            if node.op not in ops:
+                raise InputError(f"operation {node.op!r} of {node.name!r} is not one of: {', '.join(sorted(ops))}")
             if missing := [name for name in node.inputs if name not in known]:
                 raise InputError(f"{node.name!r} ({node.op}) reads {missing[0]!r} before any node makes it")
             for out in node.outputs:
@@ -122,14 +133,14 @@ class Graph:
             self,
             nodes=tuple(reversed(kept)),
             constants={k: v for k, v in pool.items() if k in live},
-            values={k: v for k, v in self.values.items() if k in made or k in self.inputs},
+            values={k: v for k, v in self.values.items() if k in made or k in live or k in self.inputs},
         )
 
     # -- text -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> bytes:
         """Canonical JSON (sorted keys, no blanks): equal graphs give equal bytes. The constants' numbers are not in it."""
-        wire = _Wire(self.inputs, self.outputs, self.nodes, dict(self.values))
+        wire = _Wire(self.inputs, self.outputs, self.nodes, dict(self.values), self.opset)
         return msgspec.json.encode(wire, order="sorted")
 
     @classmethod
@@ -139,4 +150,4 @@ class Graph:
             wire = msgspec.json.decode(text, type=_Wire)
         except (msgspec.DecodeError, RecursionError) as err:
             raise InputError(f"the graph's description is not readable: {err}") from err
-        return cls(wire.inputs, wire.outputs, wire.nodes, constants, wire.values)
+        return cls(wire.inputs, wire.outputs, wire.nodes, constants, wire.values, opset=wire.opset)

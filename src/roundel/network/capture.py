@@ -72,14 +72,15 @@ def _quiet() -> Iterator[None]:
     """Keep torch's own deprecation warnings and the graph that it prints on a failed trace off the user's screen."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     dump = logging.getLogger("torch._export.non_strict_utils")
-    before = log.disabled, dump.disabled
-    log.disabled = dump.disabled = True
+    failed = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled, dump.disabled, failed.disabled
+    log.disabled = dump.disabled = failed.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.disabled, dump.disabled = before
+        log.disabled, dump.disabled, failed.disabled = before
 
 
 def _export(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Any, list[str]]:

@@ -34,7 +34,7 @@ class _Straight(torch.autograd.Function):
         return quantized.to(real.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -55,8 +55,7 @@ class Activation:
     params: Stored | None = None
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(code - zero as real numbers, scale that broadcasts to ``x``); the scale is None where no single factor exists and the first
-        is then the value itself."""
+        """(code - zero as real numbers, scale that broadcasts to ``x``); where no single factor exists, (the value itself, None)."""
         matrix, back = _as_matrix(x, self.format.share.word)
         params = self.params or self.measure(matrix)
         codes = self.format.encode(matrix.detach(), params)
@@ -197,12 +196,14 @@ def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias:
     """One weighted operation, on codes where its input is quantized, on dequantized weights where it is not."""
     if op == "embedding":
         return weight.rows(x)
+    if op != "linear" and x.ndim < len(weight.tensor.shape):  # one example without a batch axis
+        return weighted(op, attrs, x[None], weight, bias, site)[0]
     act = attrs.get("act")
     attrs = {k: v for k, v in attrs.items() if k != "act"}
     if site is None:
         out = OPS[op](x, weight.values().to(x.dtype), bias, **attrs)
     else:
-        code, x_scale = site.codes(x)
+        code, x_scale = site.codes(x) if op == "linear" else _codes_by_sample(site, x)
         axis = 1 if op == "conv_transpose" else 0
         level, w_scale = weight.levels()
         if op == "conv_transpose" and attrs.get("groups", 1) != 1 and w_scale is not None:
@@ -224,17 +225,36 @@ def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias:
     return ACTS[act](out) if act else out
 
 
+def _codes_by_sample(site: Activation, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Codes of a convolution's input: its tokens are samples, also where they are (channels, length)."""
+    if x.ndim != 3:
+        return site.codes(x)
+    code, scale = site.codes(x[:, :, None])
+    return code.squeeze(2), scale.squeeze(2) if scale is not None and scale.ndim else scale
+
+
 class QLayer(nn.Module):
     """A weighted leaf module of an ordinary network, quantized: the module path's counterpart of a graph node."""
 
     def __init__(self, op: str, attrs: Mapping[str, Any], weight: Weight, bias: Tensor | None, input: Activation | None) -> None:
         super().__init__()
         self.op, self.attrs, self.input = op, dict(attrs), input
-        self.weight = weight
+        self.packed = weight
         self.bias = nn.Parameter(bias.detach()) if bias is not None else None
+        # torch's fused encoder layer reads its layers' weights without calling them, unless one of them has a hook
+        self.register_forward_pre_hook(_called)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew, for networks that look at it."""
+        return self.packed.values()
 
     def extra_repr(self) -> str:
         return self.op + (f", input {self.input.format}:{self.input.when}" if self.input else "")
 
     def forward(self, x: Tensor) -> Tensor:
-        return weighted(self.op, self.attrs, x, self.weight, self.bias, self.input)
+        return weighted(self.op, self.attrs, x, self.packed, self.bias, self.input)
+
+
+def _called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing."""

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..formats.qtensor import QTensor
 from ..graph import Graph
 from ..graph.module import bind_inputs
-from ..graph.ops import OPS
+from ..graph.ops import ACTS, OPS
 from .layer import WEIGHTED, Activation, FakeWeight, PackedWeight, exact_dtype, span, weighted
 from .sites import find_sites
 
@@ -44,7 +44,7 @@ class QGraphModule(nn.Module):
         self.activations = dict(activations)
         self.weights = nn.ModuleDict({_key(name): weight(q) for name, q in tensors.items()})
         self.rest = nn.ParameterDict(
-            {_key(name): nn.Parameter(t.detach(), requires_grad=True) if t.is_floating_point() else t for name, t in rest.items()}
+            {_key(name): nn.Parameter(t.detach(), requires_grad=t.is_floating_point()) for name, t in rest.items()}
         )
         self._root = find_sites(graph).root
 
@@ -77,14 +77,16 @@ class QGraphModule(nn.Module):
 
     def _compute(self, op: str, node: Any, env: dict[str, Any]) -> Any:
         if op in WEIGHTED and _key(node.inputs[1]) in self.weights:
-            x, bias = env[node.inputs[0]], env.get(node.inputs[2]) if len(node.inputs) > 2 else None
-            site = self._static(node.inputs[0]) or self.activations.get(f"{node.name}.input")
+            x, bias = self._value(env, node.inputs[0]), env[node.inputs[2]] if len(node.inputs) > 2 else None
+            site = self.activations.get(f"{node.name}.input") or self._static(node.inputs[0])
             return weighted(op, node.attrs, x, self.weights[_key(node.inputs[1])], bias, site)  # type: ignore[arg-type]
         operands = [self._value(env, name) for name in node.inputs]
         if op in _SUMS and (site := self._static(node.inputs[0])):
             code, scale = site.codes(operands[0])
             if scale is not None and scale.ndim == 0:
-                return OPS[op](code.double(), **node.attrs).to(code.dtype) * scale
+                attrs = {k: v for k, v in node.attrs.items() if k != "act"}
+                out = OPS[op](code.double(), **attrs).to(code.dtype) * scale
+                return ACTS[act](out) if (act := node.attrs.get("act")) else out
         if op == "matmul" and (a := self._static(node.inputs[0])) and (b := self._static(node.inputs[1])):
             (code_a, scale_a), (code_b, scale_b) = a.codes(operands[0]), b.codes(operands[1])
             if scale_a is not None and scale_b is not None:

@@ -76,7 +76,8 @@ def find_sites(graph: Graph) -> Sites:
             parent[out] = out
             if node.op in MOVES:
                 join(operands[0], out)
-                moved.add(out)
+                if node.op != "pad" or not 0 < abs(node.attrs.get("value", 0.0)) < float("inf"):  # a border may widen the range
+                    moved.add(out)
         if node.op in SHARED:
             for name in operands[1 if node.op == "where" else 0 :]:
                 if name in parent:
@@ -106,7 +107,7 @@ def find_weights(graph: Graph) -> dict[str, Node]:
     """Weight constant -> the first node that computes with it."""
     found: dict[str, Node] = {}
     for node in graph.nodes:
-        if node.op in WEIGHTED and node.inputs[1] in graph.constants:
+        if node.op in WEIGHTED and node.inputs[1] in graph.constants and graph.constants[node.inputs[1]].is_floating_point():
             found.setdefault(node.inputs[1], node)
     return found
 
@@ -115,7 +116,12 @@ def find_slots(graph: Graph, static: bool) -> list[Slot]:
     """What a plan decides: every weight; then every site, or, for dynamic plans, the input of every weighted layer."""
     out = [Slot(name, node.name, "weight") for name, node in find_weights(graph).items()]
     if static:
-        out += [Slot(name, name, "activation") for name in find_sites(graph).origin]
+        sites = find_sites(graph)
+        readers: dict[str, list[str]] = {name: [] for name in sites.origin}
+        for node in graph.nodes:
+            if node.op in WEIGHTED and node.inputs[0] in sites.root:
+                readers[sites.root[node.inputs[0]]].append(f"{node.name}.input")
+        out += [Slot(name, name, "activation", tuple(readers[name])) for name in sites.origin]
     else:
         out += [Slot(f"{node.name}.input", node.name, "activation") for node in graph.nodes
                 if node.op in WEIGHTED and node.op != "embedding"]  # fmt: skip

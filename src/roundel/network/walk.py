@@ -30,16 +30,21 @@ class Leaf:
         return 1 if self.op == "conv_transpose" and self.attrs["groups"] == 1 else 0
 
 
+def member(layer: str, what: str) -> str:
+    """The dotted name of a layer's ``weight``, ``bias`` or ``input``; the network's own root has no name."""
+    return f"{layer}.{what}" if layer else what
+
+
 def _sequence(value: int | tuple[int, ...], n: int) -> list[int]:
     return [value] * n if isinstance(value, int) else list(value)
 
 
-def leaf(name: str, module: nn.Module) -> Leaf | None:
+def leaf(name: str, module: Any) -> Leaf | None:
     """What ``module`` computes, or None where Roundel has no quantized counterpart of it."""
     kind = type(module)
-    if kind in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+    if kind in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros":
         n = 1 if kind is nn.Conv1d else 2
-        pads = [p for side in reversed(_sequence(module.padding, n)) for p in (side, side)]
+        pads = list(module._reversed_padding_repeated_twice)  # (before, after) from the last axis on, "same" worked out
         attrs = {
             "stride": _sequence(module.stride, n),
             "padding": pads,
@@ -52,7 +57,7 @@ def leaf(name: str, module: nn.Module) -> Leaf | None:
         keys = ("stride", "padding", "output_padding", "dilation")
         attrs = {key: _sequence(getattr(module, key), n) for key in keys} | {"groups": module.groups}
         return Leaf(name, "conv_transpose", attrs, module.weight, module.bias)
-    if kind is nn.Linear or kind.__name__ == "NonDynamicallyQuantizableLinear":
+    if kind is nn.Linear:  # not the subclass inside MultiheadAttention, whose weight is used without calling it
         return Leaf(name, "linear", {}, module.weight, module.bias)
     if kind.__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2 layer: y = x W + b with W (in, out)
         return Leaf(name, "linear", {}, module.weight.t(), module.bias)
@@ -62,10 +67,11 @@ def leaf(name: str, module: nn.Module) -> Leaf | None:
 
 
 def leaves(module: nn.Module) -> dict[str, Leaf]:
-    """Name -> weighted leaf, in the order of the modules; parametrized modules are left alone (their weight is computed)."""
+    """Name -> weighted leaf, in the order of the modules. Left alone: modules whose weight is computed (parametrized), and hooked
+    ones, whose hooks a replacement would lose."""
     found = {}
     for name, child in module.named_modules():
-        if hasattr(child, "parametrizations"):
+        if "weight" not in child._parameters or child._forward_hooks or child._forward_pre_hooks:
             continue
         if (one := leaf(name, child)) is not None and one.weight.is_floating_point():
             found[name] = one
@@ -87,8 +93,8 @@ def tied(found: Mapping[str, Leaf]) -> dict[str, str]:
 
 def leaf_slots(found: Mapping[str, Leaf]) -> list[Slot]:
     """What a plan decides on the module path: every weight and every weighted layer's input."""
-    out = [Slot(f"{name}.weight", name, "weight") for name in found]
-    return out + [Slot(f"{name}.input", name, "activation") for name, one in found.items() if one.op != "embedding"]
+    out = [Slot(member(name, "weight"), name, "weight") for name in found]
+    return out + [Slot(member(name, "input"), name, "activation") for name, one in found.items() if one.op != "embedding"]
 
 
 def install(
@@ -98,17 +104,24 @@ def install(
     activations: Mapping[str, Activation],
     weight: Callable[[QTensor], PackedWeight | FakeWeight] = PackedWeight,
 ) -> nn.Module:
-    """Replace the weighted leaves of ``module`` that have a packed tensor, in place; tied layers share one packed weight."""
+    """Replace the weighted leaves of ``module`` that have a packed tensor, in place and wherever they are used; tied layers share
+    one packed weight. Returns the module, or what stands for it where it is itself a leaf."""
     shared: dict[str, PackedWeight | FakeWeight] = {}
+    places: dict[nn.Module, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        places.setdefault(child, []).append(path)
     for name, one in leaves(module).items():
-        key = ties.get(f"{name}.weight", f"{name}.weight")
+        key = ties.get(member(name, "weight"), member(name, "weight"))
         if key not in tensors:
             continue
         if key not in shared:
             shared[key] = weight(tensors[key])
-        layer = QLayer(one.op, one.attrs, shared[key], one.bias, activations.get(f"{name}.input"))
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer)
+        layer = QLayer(one.op, one.attrs, shared[key], one.bias, activations.get(member(name, "input")))
+        if not name:
+            return layer
+        for path in places[module.get_submodule(name)]:
+            parent, _, child_name = path.rpartition(".")
+            setattr(module.get_submodule(parent), child_name, layer)
     return module
 
 

