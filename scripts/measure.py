@@ -259,11 +259,11 @@ def float_(names: Sequence[str], write: bool) -> None:
 @_models
 @_write
 @click.option("--weights", default="int8", show_default=True)
-@click.option("--ranges", default="minmax", show_default=True)
+@click.option("--ranges", default="mse", show_default=True)
 @click.option("--draws", default=5, show_default=True, help="Calibration draws: random halves of the calibration split.")
 def static(names: Sequence[str], write: bool, weights: str, ranges: str, draws: int) -> None:
     """Weights and every edge in int8, over several calibration draws."""
-    head = ("model", "KL mean (worst)", "flips mean (worst)", "metric, first draw", "bytes", "float bytes", "sites quantized / float")
+    head = ("model", "KL mean (worst)", "flips mean (worst)", "first draw", "bytes", "float bytes", "sites quantized / float")
     with _table(write, *head) as row:
         for name, case in _chosen(names):
             if not case.static:

@@ -27,7 +27,8 @@ FLOORS = {
     "files": 2, "formats": 2, "stats": 2, "data": 2,
     "graph": 3, "plan": 3, "solvers": 3,
     "network": 4, "qmodel": 4,
-    "calibrate": 5, "evaluate": 5, "integer": 5,
+    "calibrate": 5,
+    "ranges": 5, "evaluate": 5, "integer": 5,
     "quantize": 6, "readers": 6, "report": 6, "inspect": 6,
     "demo": 7, "cli": 7,
 }  # fmt: skip

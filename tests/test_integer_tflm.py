@@ -64,7 +64,7 @@ def file_of(code: int, version: int, options: Any, inputs: Sequence[Value], outp
 
 
 def tflite_micro(file: bytes, *inputs: Ints) -> Ints:
-    interpreter = runtime.Interpreter.from_bytes(file)
+    interpreter = runtime.Interpreter.from_bytes(file, arena_size=1 << 20)
     for i, x in enumerate(inputs):
         interpreter.set_input(x.astype(np.int8), i)
     interpreter.invoke()
@@ -85,8 +85,8 @@ def options(kind: Any, **fields: Any) -> Any:
 class Lowered:
     """A module of one operation, quantized on ``data`` and lowered in R1: its node and what each value's codes stand for."""
 
-    def __init__(self, module: nn.Module, *data: Tensor, **sites: str) -> None:
-        q: QModel = rd.quantize(module.eval(), "int8", "int8", data=[Batch(data, {}, None)])
+    def __init__(self, module: nn.Module, *data: Tensor, weights: str = "int8", **sites: str) -> None:
+        q: QModel = rd.quantize(module, weights if list(module.parameters()) else None, "int8", data=[Batch(data, {}, None)])
         if sites:  # the second site takes the first one's parameters
             q = replace(q, activations={name: q.activations[sites.get(name, name)] for name in q.activations})
         self.q, self.graph = q, rd.lower(q, "R1")
@@ -104,7 +104,11 @@ class Lowered:
     def weight(self) -> tuple[Ints, list[float], Ints]:
         """(codes, scales, bias)."""
         name = self.node.inputs[1]
-        return numbers(self.graph, name), self.q.tensors[name].params.scale.flatten().tolist(), numbers(self.graph, self.node.inputs[2])
+        return (
+            numbers(self.graph, name),
+            self.q.tensors[name].params.scale.flatten().tolist(),
+            numbers(self.graph, self.node.inputs[2]),
+        )
 
 
 def draw(*shape: int, seed: int = 0) -> Ints:
@@ -130,8 +134,9 @@ def test_convolution(seed: int, act: nn.Module | None) -> None:
     w, scales, bias = one.weight()
     x = draw(6, 5, 9, 8, seed=seed)
     ours = nhwc(one.run(x))
+    fused = {"ReLU": ACTS.RELU, "ReLU6": ACTS.RELU6}.get(type(act).__name__, ACTS.NONE)
     choice = options(S.Conv2DOptionsT, padding=S.Padding.VALID, strideH=2, strideW=1, dilationHFactor=1, dilationWFactor=1,
-                     fusedActivationFunction={"ReLU": ACTS.RELU, "ReLU6": ACTS.RELU6}.get(type(act).__name__, ACTS.NONE))  # fmt: skip
+                     fusedActivationFunction=fused)  # fmt: skip
     source = one.value(one.node.inputs[0], nhwc(x).shape)
     file = file_of(OPS.CONV_2D, 3, choice, [
         source, Value(nhwc(w).shape, scales, data=nhwc(w).astype(np.int8)),
@@ -161,11 +166,7 @@ def test_depthwise_convolution(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_fully_connected(seed: int) -> None:
     torch.manual_seed(seed)
-    layer = nn.Linear(64, 24)
-    q = rd.quantize(layer, "int8/tensor", "int8", data=[torch.randn(64, 64)])
-    one = Lowered.__new__(Lowered)
-    one.q, one.graph = q, rd.lower(q, "R1")
-    one.node = one.graph.nodes[1]
+    one = Lowered(nn.Linear(64, 24), torch.randn(64, 64), weights="int8/tensor")
     w, scales, bias = one.weight()
     x = draw(50, 64, seed=seed)
     source = one.value(one.node.inputs[0], x.shape)
@@ -192,7 +193,7 @@ def test_addition(seed: int) -> None:
 
 
 def test_average_pool() -> None:
-    one = Lowered(nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), torch.randn(8, 4, 9, 9), avg_pool2d="input")
+    one = Lowered(nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), torch.randn(8, 4, 9, 9), avg_pool="input")
     assert one.node.op == "avg_pool"
     x = draw(20, 4, 9, 9)
     choice = options(S.Pool2DOptionsT, padding=S.Padding.SAME, strideH=2, strideW=2, filterHeight=3, filterWidth=3)
@@ -200,6 +201,21 @@ def test_average_pool() -> None:
     value = one.value(one.node.inputs[0], nhwc(x).shape)
     file = file_of(OPS.AVERAGE_POOL_2D, 2, choice, [value], replace(value, shape=ours.shape))
     assert_equal(ours, tflite_micro(file, nhwc(x)))
+
+
+@pytest.mark.parametrize("peak", [0.1, 2.0, 12.0, 60.0, 300.0])
+@pytest.mark.parametrize("classes", [2, 12, 400])
+def test_softmax(peak: float, classes: int) -> None:
+    """Logits from nearly equal to far apart; TFLite Micro itself aborts where more than 511 terms are nearly equal."""
+    one = Lowered(nn.Softmax(-1), torch.rand(64, classes) * peak)
+    assert one.node.attrs["bits"] == 8
+    x = draw(200, classes)
+    x[:20] = x[:20] // 16 + 100
+    x[20:30] = 5
+    file = file_of(OPS.SOFTMAX, 2, options(S.SoftmaxOptionsT, beta=1.0), [one.value(one.node.inputs[0], x.shape)],
+                   one.value(one.node.name, x.shape))  # fmt: skip
+    ours, theirs = one.run(x), tflite_micro(file, x)
+    assert np.count_nonzero(ours != theirs) == 0, f"{np.count_nonzero(ours != theirs)} of {ours.size} differ"
 
 
 def test_max_pool() -> None:

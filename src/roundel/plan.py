@@ -45,7 +45,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for rule in self.rules:
-            if not isinstance(rule, Rule) or not all(isinstance(v, str | None) for v in (rule.pattern, rule.weight, rule.activation)):
+            if not isinstance(rule, Rule) or not all(isinstance(v, str) for v in (rule.pattern, rule.weight or "", rule.activation or "")):
                 raise PlanError(f"a plan is a tuple of Rule(pattern, weight, activation), all of them texts; got {rule!r}")
 
     def resolve(self, slots: Iterable[Slot]) -> dict[str, Choice | None]:

@@ -219,7 +219,7 @@ class _Document(msgspec.Struct, frozen=True):
         kind = self.structure.get("kind")
         if kind == "graph":
             text = msgspec.json.encode(self.structure.get("graph"))
-            return Graph.from_json(text, _Constants(constants))
+            return Graph.from_json(text, Constants(constants))
         if kind == "huggingface":
             return HF(dict(self.structure.get("config") or {}))
         if kind == "external":
@@ -227,7 +227,7 @@ class _Document(msgspec.Struct, frozen=True):
         raise InputError(f"its structure is of unknown kind {kind!r}")
 
 
-class _Constants(Mapping[str, Any]):
+class Constants(Mapping[str, Any]):
     """Names of a loaded graph's constants; the numbers stay packed, so a value is a shape without memory."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from .network.layer import WEIGHTED, Activation
 from .network.sites import find_sites, find_slots, find_weights
 from .network.walk import Leaf, leaf_slots, leaves, member, state
 from .plan import FLOAT, Choice, Plan, Slot
-from .qmodel import HF, External, Note, QModel, _Constants, share
+from .qmodel import HF, Constants, External, Note, QModel, share
 from .ranges import known_ranges, static_activation
 from .solvers import SOLVERS
 from .stats import Stats
@@ -79,25 +79,19 @@ def quantize(
     plan = _rules(weights, activations, exclude, plan)
     items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
     notes: list[Note] = []
-    with one_thread(), torch.no_grad():
-        modes = [(part, part.training) for part in model.modules()]
-        model.eval()
-        try:
-            _check_numbers(model)
-            network = _network(model, items, notes)
-            table = network.resolve(plan)
-            if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
-                raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
-            if any(c and c.when == "static" for name, c in table.items() if name in network.sites) and items is None:
-                raise PlanError("static activations need calibration data: pass data=, or use ':dynamic' ranges, or weights alone")
-            _check_weights(network, table, notes)
-            if items is not None:
-                _check_float(network.module, items)
-            chosen = _activations(network, table, items or [], ranges, progress, notes)
-            tensors = _weights(network, table, solver, progress, notes)
-        finally:
-            for part, training in modes:
-                part.training = training
+    with one_thread(), torch.no_grad(), evaluating(model):
+        _check_numbers(model)
+        network = _network(model, items, notes)
+        table = network.resolve(plan)
+        if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
+            raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
+        if any(c and c.when == "static" for name, c in table.items() if name in network.sites) and items is None:
+            raise PlanError("static activations need calibration data: pass data=, or use ':dynamic' ranges, or weights alone")
+        _check_weights(network, table, notes)
+        if items is not None:
+            _check_float(network.module, items)
+        chosen = _activations(network, table, items or [], ranges, progress, notes)
+        tensors = _weights(network, table, solver, progress, notes)
     provenance = {
         "roundel": __version__,
         "torch": str(torch.__version__),
@@ -163,7 +157,7 @@ class _GraphNetwork:
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
         rest = {name: t.detach().clone() for name, t in self.graph.constants.items() if name not in tensors}
-        structure = replace(self.graph, constants=_Constants({**tensors, **rest}))
+        structure = replace(self.graph, constants=Constants({**tensors, **rest}))
         said = tuple(Note("model", text) for text in self.graph.notes)
         return QModel(structure, tensors, chosen, plan, rest, provenance, said + notes)
 
@@ -216,6 +210,7 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
     try:
         return _GraphNetwork(fuse(capture(model, example)), notes)
     except InputError as err:
+        run(model, items[0])  # where it cannot run on the data at all, that is the answer
         notes.append(
             Note(
                 "model",
@@ -462,8 +457,8 @@ def _tell_outlier(target: _Target, q: QTensor, notes: list[Note]) -> None:
     lost = int(((real - kept).abs() >= real.abs()).logical_and(real != 0).sum())
     if lost:
         where = tuple(int(i) for i in torch.unravel_index(target.weight.abs().argmax(), target.weight.shape))
-        notes.append(Note(target.name, f"an outlier of {float(w[row, col]):.3g} at {where} costs {lost} of the {real.numel()} numbers "
-                                       "that share its scale their codes; repair it, exclude the layer or take smaller groups"))  # fmt: skip
+        said = f"an outlier of {float(w[row, col]):.3g} at {where} costs {lost} of the {real.numel()} numbers that share its scale"
+        notes.append(Note(target.name, f"{said} their codes; repair it, exclude the layer or take smaller groups"))
 
 
 def _on_grid(solve: Callable[..., QTensor], target: _Target, fmt: Format) -> bool:

@@ -266,6 +266,12 @@ def _step(fmt: Format, lo: Tensor, hi: Tensor, steps: float) -> Tensor:
     return (hi - lo) / steps
 
 
+def block_ranges(fmt: Format, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of each block of ``w``, in the shape of the scales."""
+    blocks = _Blocks(fmt, w, None)
+    return blocks.w.amin(1).reshape(blocks.grid), blocks.w.amax(1).reshape(blocks.grid)
+
+
 def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, table: Tensor | None = None) -> Params:
     """See `Format.fit`: the scale that minimises the weighted squared error over a search, then least squares; learned tables by
     exact 1-D k-means. A grid already present in the numbers is found and returned exactly (formats whose scale has no outer

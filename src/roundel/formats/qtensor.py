@@ -96,7 +96,7 @@ class QTensor:
         return codes
 
     def matrix_values(self, rows: Tensor | None = None) -> Tensor:
-        """Values of the matrix view, or of some of its rows, float32; made a few rows at a time, so little more than them is held."""
+        """Values of the matrix view, or of some of its rows, float32; decoded a few rows at a time, to hold little more."""
         count, cols = self.matrix
         index = torch.arange(count) if rows is None else rows
         step = max(1, CHUNK // max(1, cols))

@@ -24,6 +24,8 @@ class GraphModule(nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
+        if graph.opset != "real":
+            raise InputError(f"this graph holds {graph.opset} operations; roundel.simulate runs it")
         self.structure = graph
         self.weights = nn.ParameterDict()
         self._keys = {name: name.replace(".", "\x1f") for name in graph.constants}

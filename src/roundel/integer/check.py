@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import CheckError, InputError, RoundelError
 from ..graph import Graph, Node
-from .dialect import INTEGER, Ints, rescaled
+from .dialect import INTEGER, Ints, rescaled, shift_away
+from .fixed import SUM_BITS
 from .ops import Pool, Range, extremes, numbers
 
 INT32 = extremes("int32")
@@ -22,7 +23,7 @@ def accumulators(pool: Pool, node: Node) -> Range | None:
     lie within the whole. Raises `InputError` where it, or what a rescale shifts left, does not fit int32.
     """
     a = node.attrs
-    if "rounding" not in a:
+    if "rounding" not in a and node.op != "avg_pool":
         return None
     shift = np.asarray(a.get("shift", 0), np.int64)
     if node.op in ("conv", "linear"):
@@ -39,11 +40,11 @@ def accumulators(pool: Pool, node: Node) -> Range | None:
             ends += np.sort(rescaled(term, a["multiplier"][i], shift[i], a["rounding"]))
         shift = shift[2:]
     elif node.op == "softmax":
-        terms = numbers(pool, node.inputs[1])
-        ends, shift = np.array([0, terms.max() * size(pool, node.inputs[0], [a["axis"]])]), shift * 0
+        largest = shift_away(numbers(pool, node.inputs[1]), 31 - SUM_BITS).max()
+        ends = np.array([0, largest * size(pool, node.inputs[0], [a["axis"]])])
     else:
         count = size(pool, node.inputs[0], a["axes"]) if node.op == "sum" else math.prod(a.get("kernel", ()))
-        ends = np.array(_around(pool, node.inputs[0], a["x_zero"])) * count
+        ends = np.array(_around(pool, node.inputs[0], a.get("x_zero", 0))) * count
     _fits(ends, shift)
     return int(ends.min()), int(ends.max())
 
@@ -90,7 +91,7 @@ def check_integer(graph: Graph) -> None:
             wrong.append(f"{node.name} ({node.op}) rounds by {rounding}, which is float arithmetic")
         try:
             proven = accumulators(graph, node)
-        except (RoundelError, KeyError, IndexError) as err:
+        except (RoundelError, KeyError, IndexError, TypeError, ValueError) as err:
             wrong.append(f"{node.name} ({node.op}): {err}")
             continue
         if proven and tuple(node.attrs.get("acc", ())) != proven:

@@ -43,14 +43,24 @@ def quantize_multiplier(real: ArrayLike) -> tuple[Ints, Ints]:
     return np.where(gone, 0, q).astype(np.int64), np.where(gone, 0, s)
 
 
+def multiply_high(a: Ints, b: Ints | int) -> Ints:
+    """a * b / 2^31, ties up: gemmlowp's rounding doubling high multiplication."""
+    return (a * b + (1 << 30)) >> 31
+
+
+def shift_away(x: Ints, bits: ArrayLike) -> Ints:
+    """x / 2^bits, ties away from zero: gemmlowp's rounding right shift."""
+    bits = np.asarray(bits, np.int64)
+    ones = (np.int64(1) << bits) - 1
+    return (x >> bits) + ((x & ones) > (ones >> 1) + (x < 0))
+
+
 def double_rounding(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
     """R1, gemmlowp: a rounding doubling high multiplication (ties up), then a right shift with ties away from zero.
 
     TFLite Micro, CMSIS-NN by default, LiteRT's reference convolution.
     """
-    high, right = _high(acc, multiplier, shift)
-    rest, half = high & _ones(right), _ones(right) >> 1
-    return (high >> right) + (rest > half + (high < 0))
+    return shift_away(multiply_high(acc << np.maximum(shift, 0), multiplier), np.maximum(-shift, 0))
 
 
 def single_up(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
@@ -62,29 +72,21 @@ def single_up(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
 def single_away(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
     """R2a: as R2, ties away from zero. LiteRT's reference fully connected layer."""
     product, total = acc * multiplier, 31 - shift
-    return np.sign(product) * ((np.abs(product) + (np.int64(1) << (total - 1))) >> total)
+    half = np.int64(1) << (total - 1)
+    return np.where(product < 0, -((half - product) >> total), (half + product) >> total)
 
 
 def double_up(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
     """R3: the multiplication of R1, then a right shift with ties up. ruy, LiteRT without its default delegates on x86."""
-    high, right = _high(acc, multiplier, shift)
-    return (high + (_ones(right) + 1 >> 1)) >> right
+    high, right = multiply_high(acc << np.maximum(shift, 0), multiplier), np.maximum(-shift, 0)
+    half: Ints = (1 << right) // 2
+    return (high + half) >> right
 
 
 def float_even(acc: Ints, multiplier: Ints, shift: Ints) -> Ints:
     """R4: a float32 product, ties to even. onnxruntime, XNNPACK. Not integer arithmetic: for comparison only."""
     scale = (multiplier * np.exp2(shift - 31.0)).astype(np.float32)
     return np.rint(acc.astype(np.float32) * scale).astype(np.int64)
-
-
-def _high(acc: Ints, multiplier: Ints, shift: Ints) -> tuple[Ints, Ints]:
-    """(floor((acc << left) * multiplier / 2^31 + 1/2), the right shift that is left to do)."""
-    left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
-    return ((acc << left) * multiplier + (1 << 30)) >> 31, right
-
-
-def _ones(bits: Ints) -> Ints:
-    return (np.int64(1) << bits) - 1
 
 
 #: Name of a dialect -> its rule.

@@ -25,6 +25,7 @@ from ..qmodel import QModel
 from . import ops
 from .check import INT32, accumulators, check_integer, size
 from .dialect import INTEGER, RULES, quantize_multiplier
+from .fixed import exp_table
 
 #: Bits that both operands of an addition gain before they meet, as in TFLite.
 FINER = 20
@@ -120,8 +121,9 @@ class _Lowering:
 
     def real(self, name: str) -> str:
         """The dequantized twin of an output."""
-        at = self.affine(name)
-        self.emit("dequantize", [name], f"{name}.real", "float32", scale=at.scale, zero=at.zero)
+        if f"{name}.real" not in self.values:
+            at = self.affine(name)
+            self.emit("dequantize", [name], f"{name}.real", "float32", scale=at.scale, zero=at.zero)
         return f"{name}.real"
 
     def affine(self, name: str) -> Affine:
@@ -164,7 +166,7 @@ class _Lowering:
     def emit(self, op: str, inputs: list[str], name: str, dtype: str, constants: tuple[str, ...] = (), **attrs: Any) -> None:
         """Add one node that makes ``name``; what it sums is proven to fit."""
         node = Node(op, (*(self.operand(i) for i in inputs), *constants), (name,), attrs)
-        if unknown := [i for i in node.inputs if i not in self.values and op != "quantize"]:
+        if unknown := [i for i in node.inputs if i not in self.values]:
             raise PlanError(f"it reads {unknown[0]!r}, whose shape is not known")
         if (acc := accumulators(self, node)) is not None:
             node = Node(op, node.inputs, node.outputs, {**attrs, "acc": list(acc)})
@@ -192,6 +194,7 @@ class _Lowering:
 
 def _input(made: _Lowering, node: Node) -> None:
     at = made.affine(node.name)
+    made.values[node.name] = Spec(made.shape(node.name))
     made.emit("quantize", [node.name], f"{node.name}.codes", at.dtype, **at.door)
     made.renamed[node.name] = f"{node.name}.codes"
 
@@ -222,9 +225,10 @@ def _weight(made: _Lowering, name: str) -> tuple[str, NDArray[np.float64]]:
                         "which is not built yet")  # fmt: skip
     if not isinstance(fmt.grid, Uniform) or not fmt.grid.signed or not 2 <= fmt.bits <= 8 or fmt.zero or fmt.min:
         raise PlanError(f"its weight is {fmt}; weights are symmetric integers of 2 to 8 bits, int8 to int2")
-    if q.params.scale is None or q.params.scale.shape[1] != 1 or fmt.share.rows > 1 or q.axis != 0:
+    stored = q.params.scale if q.params.scale is not None else torch.ones(1, 1)
+    if stored.shape[1] != 1 or fmt.share.rows > 1 or q.axis != 0:
         raise PlanError(f"its weight is {fmt}; weights have one scale per tensor or per output yet")
-    scale = np.broadcast_to(q.params.scale.double().numpy().reshape(-1), q.shape[:1])
+    scale = np.broadcast_to(stored.double().numpy().reshape(-1), q.shape[:1])
     if q.unpack()[torch.from_numpy(scale == 0)].any():
         raise PlanError("its weight has codes whose scale is 0")
     made.constants[name], made.values[name] = q.codes, Spec(q.shape, str(fmt.grid))
@@ -278,12 +282,12 @@ def _max_pool(made: _Lowering, node: Node) -> None:
 
 def _softmax(made: _Lowering, node: Node) -> None:
     x, y = made.affine(node.inputs[0]), made.affine(node.name)
-    axis = node.attrs.get("axis", -1)
-    bits = min(23, 30 - (size(made.source, node.inputs[0], [axis]) - 1).bit_length())  # so that the sum of all terms fits int32
-    table = np.rint(np.exp(-np.arange(x.high - x.low + 1) * x.scale) * 2.0**bits)
-    multiplier, shift = (int(part) for part in quantize_multiplier(2.0**-16 / y.scale))
-    made.emit("softmax", [node.inputs[0]], node.name, y.dtype, (made.constant(f"{node.name}.table", table),),
-              axis=axis, multiplier=multiplier, shift=shift, **made.rescaled(y, None))  # fmt: skip
+    mantissa, exponent = math.frexp(y.scale)
+    if mantissa != 0.5 or not 0 < 1 - exponent <= 16:
+        raise PlanError(f"its result is in units of {y.scale:.6g}; an integer softmax gives a power of two such as 1/256")
+    table = made.constant(f"{node.name}.table", exp_table(x.scale, x.high - x.low + 1))
+    made.emit("softmax", [node.inputs[0]], node.name, y.dtype, (table,), axis=node.attrs.get("axis", -1), bits=1 - exponent,
+              **made.rescaled(y, None))  # fmt: skip
 
 
 def _move(made: _Lowering, node: Node) -> None:

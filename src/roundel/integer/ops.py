@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import CheckError, InputError
 from ..formats.pack import unpack
 from ..graph import Spec
-from .dialect import Ints, rescaled
+from .dialect import LEAST, Ints, rescaled, shift_away
+from .fixed import SUM_BITS, reciprocal
 
 Reals = NDArray[np.float32]
 Range = tuple[int, int]
@@ -169,10 +170,12 @@ def rescale(x: Ints, *, x_zero: int, multiplier: int, shift: int, acc: Range, **
 
 
 @op
-def avg_pool(x: Ints, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], low: int, high: int) -> Ints:
+def avg_pool(
+    x: Ints, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], acc: Range, low: int, high: int
+) -> Ints:
     """Mean of codes, half away from zero, padded places left out; the parameters do not change: TFLite's AVERAGE_POOL_2D."""
     over = tuple(range(-len(kernel), 0))
-    total = windows(padded(x, padding, 0), kernel, stride).sum(over)
+    total = within(windows(padded(x, padding, 0), kernel, stride).sum(over), acc)
     count = windows(padded(np.ones_like(x[:1, :1]), padding, 0), kernel, stride).sum(over)
     return np.clip(np.sign(total) * ((np.abs(total) + count // 2) // count), low, high)
 
@@ -204,12 +207,16 @@ def windows(x: Ints, kernel: Sequence[int], stride: Sequence[int], dilation: Seq
 
 
 @op
-def softmax(x: Ints, table: Ints, *, axis: int, multiplier: int, shift: int, acc: Range, **out: Any) -> Ints:
-    """``table[d]`` is exp(-d * scale) in fixed point for every difference d from the largest code; shares are in units of 2^-16,
-    rounded, then rescaled."""
+def softmax(x: Ints, table: Ints, *, axis: int, bits: int, acc: Range, **out: Any) -> Ints:
+    """Each term rescaled by the reciprocal of their sum, in units of 2^-bits: in R1, TFLite's int8 SOFTMAX.
+
+    ``table[d]`` is exp(-d * scale) in Q0.31, d being the difference from the largest code (`fixed.exp_table`).
+    """
     terms = table[x.max(axis, keepdims=True) - x]
-    total = within(terms.sum(axis, keepdims=True), acc)
-    return requantize(((terms << 16) + total // 2) // total, multiplier, shift, **out)
+    total = within(shift_away(terms, 31 - SUM_BITS).sum(axis, keepdims=True), acc)
+    multiplier, shift = reciprocal(total)
+    shift = shift + bits - 31
+    return requantize(terms, np.where(shift < LEAST, 0, multiplier), np.maximum(shift, LEAST), **out)
 
 
 # -- moving codes -----------------------------------------------------------------------------------------------------
@@ -269,6 +276,8 @@ def extremes(dtype: str) -> Range:
 
 def numbers(pool: Pool, name: str) -> Ints:
     """A constant as int64 of its shape. Those of up to 8 bits are stored packed, one bit stream per row, as in a `QTensor`."""
+    if name not in pool.values:
+        raise InputError(f"the type of constant {name!r} is not known")
     stored, spec = pool.constants[name], pool.values[name]
     low, high = extremes(spec.dtype)
     shape = tuple(int(size) for size in spec.shape)

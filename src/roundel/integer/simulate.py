@@ -46,7 +46,7 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
         operands = [env[name] if name in env else ops.numbers(graph, name) for name in node.inputs]
         try:
             env[node.name] = table[node.op](*operands, **node.attrs)
-        except (ValueError, IndexError, TypeError) as err:
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as err:
             shapes = [operand.shape for operand in operands]
             raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err
         if watch:

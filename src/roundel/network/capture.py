@@ -88,8 +88,8 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor
     tensors = [*args, *named.values()]
     size = tensors[0].shape[0] if tensors[0].ndim else 0
     batched = [t.ndim > 0 and t.shape[0] == size and size > 0 for t in tensors]
-    # A batch of one is where broadcasting hides the batch from torch.export; trace on two.
-    grown = [torch.cat([t, t]) if yes and size == 1 else t for t, yes in zip(tensors, batched, strict=True)]
+    # A batch of one is where broadcasting hides the batch from torch.export; trace on two. It fails on some strided examples.
+    grown = [torch.cat([t, t]) if yes and size == 1 else t.contiguous() for t, yes in zip(tensors, batched, strict=True)]
     shapes = torch.export.ShapesCollection()
     for t, yes in zip(grown, batched, strict=True):
         if yes:

@@ -54,6 +54,7 @@ def huggingface_skeleton(config: Mapping[str, Any]) -> nn.Module:
 
 
 def transformers_package() -> ModuleType:
+    """The package, or an `InputError` that says how to install it."""
     try:
         import transformers
     except ImportError as err:
@@ -133,4 +134,5 @@ def _meta_parameters() -> Iterator[None]:
 
 
 def first_line(err: BaseException) -> str:
+    """What an exception says first, short enough for one sentence of ours."""
     return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.codec import Stored
+from ..formats.codec import Stored, block_ranges
 from ..formats.format import Format
 from ..formats.grid import Uniform
 from ..formats.qtensor import QTensor, from_matrix, to_matrix
@@ -77,11 +77,7 @@ class Activation:
 
     def measure(self, matrix: Tensor) -> Stored:
         """Parameters that just cover the numbers of each block of ``matrix``."""
-        from ..formats.codec import _Blocks
-
-        blocks = _Blocks(self.format, matrix.detach().float(), None)
-        lo, hi = blocks.w.amin(1).reshape(blocks.grid), blocks.w.amax(1).reshape(blocks.grid)
-        return self.format.store(self.format.from_range(lo, hi))
+        return self.format.store(self.format.from_range(*block_ranges(self.format, matrix.detach().float())))
 
 
 def _token_shape(x: Tensor) -> tuple[int, ...]:

@@ -40,6 +40,8 @@ class QGraphModule(nn.Module):
         weight: Callable[[QTensor], PackedWeight | FakeWeight] = PackedWeight,
     ) -> None:
         super().__init__()
+        if graph.opset != "real":
+            raise InputError(f"this graph holds {graph.opset} operations; roundel.simulate runs it")
         self.structure = graph
         self.activations = dict(activations)
         self.weights = nn.ModuleDict({_key(name): weight(q) for name, q in tensors.items()})
