@@ -246,8 +246,9 @@ def float_(names: Sequence[str], write: bool) -> None:
         for name, case in _chosen(names):
             model, score = case.model(), (case.whole or case.score)()
             if case.metric == "cosine":
-                result = f"{1 - _cosine(_embed(model, score), _embed(_original(), score)):.1e} to transformers' own loading"
-                metric, nbytes = "1 - cosine", sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+                apart = (_embed(model, score) - _embed(_original(), score)).abs().max()
+                metric, result = "largest difference from transformers' own loading", f"{float(apart):.3g}"
+                nbytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
             else:
                 cost = rd.evaluate(model, against=model, data=score, metric=case.metric, latency=False, layers=False)
                 metric, result, nbytes = case.metric, f"{cost.metric_float:.5g}", cost.nbytes_float

@@ -390,16 +390,20 @@ def test_a_float_model_near_chance_stops(roundel, work: Path) -> None:  # type: 
 
 
 @pytest.mark.proves("cli.strict", "cli.exit")
-def test_strict_makes_a_note_an_error(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
-    """Rows of 9 weights leave a short group of 32: a note without --strict, status 1 with it."""
-    args = ("quantize", "cli_nets:make", "--weights", "int4/g32", "--data", "calibrate.npz", "-o", "strict.safetensors")
+def test_strict_makes_a_fallback_an_error(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    """Weights of 1e-8 have no scale in fp16: widened to fp32 with a note, or status 1 under --strict. A short group is no fall-back."""
+    (work / "tiny_net.py").write_text(
+        "import torch\n\ndef make():\n    net = torch.nn.Linear(9, 3)\n    net.weight.data.mul_(1e-8)\n    return net\n"
+    )
+    args = ("quantize", "tiny_net:make", "--weights", "int8", "-o", "strict.safetensors")
     ran = roundel(*args, "--strict")
     assert (ran.status, ran.out) == (1, "")
-    assert re.fullmatch(r"roundel: strict: [^\n]+group[^\n]+\n", ran.err)
+    assert re.fullmatch(r"roundel: strict: [^\n]+fp16[^\n]+\n", ran.err)
     assert not (work / "strict.safetensors").exists()
     ran = roundel(*args)
     assert ran.status == 0
-    assert "short" in ran.err
+    assert "fp32" in ran.err
+    assert roundel(*args[:3], "int4/g32*fp32", *args[4:], "--strict").status == 0
 
 
 @pytest.mark.proves("cli.preprocess", "file.preprocess")

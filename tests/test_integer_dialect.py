@@ -34,6 +34,7 @@ def exact(rule: str, acc: int, q: int, s: int) -> int:
     return (up if rule == "R2" else away)(Fraction(acc * q, 2 ** (31 - s)))
 
 
+@pytest.mark.proves("integer.dialects")
 @pytest.mark.parametrize(
     ("acc", "real", "want"),  # want: R1, R2, R2a, R3, R4
     [
@@ -67,6 +68,7 @@ def draws() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return acc, q, s
 
 
+@pytest.mark.proves("integer.dialects")
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_equal_exact_arithmetic(rule: str) -> None:
     acc, q, s = draws()
@@ -75,6 +77,7 @@ def test_rules_equal_exact_arithmetic(rule: str) -> None:
     assert np.count_nonzero(got != np.array(want)) == 0
 
 
+@pytest.mark.proves("integer.dialects")
 def test_every_small_sum_at_every_small_shift() -> None:
     """Brute force: all ties of every kind."""
     acc, s = np.meshgrid(np.arange(-260, 261), np.arange(-9, 3))
@@ -96,6 +99,7 @@ def test_dialects_are_one_unit_apart() -> None:
         assert least < share < most, share
 
 
+@pytest.mark.proves("integer.dialects")
 def test_multipliers_hold_31_bits() -> None:
     """Random factors to 2^-31 relative, both signs; a mantissa that rounds up to one; what is too small, and what is too large."""
     rng = np.random.default_rng(2)
@@ -104,6 +108,7 @@ def test_multipliers_hold_31_bits() -> None:
         assert 2**30 <= abs(q) < 2**31
         assert abs(Fraction(q) * Fraction(2) ** (s - 31) - Fraction(x)) <= abs(Fraction(x)) / 2**31
     assert [int(part) for part in quantize_multiplier(1 - 2.0**-40)] == [2**30, 1]
+    assert [int(part) for part in quantize_multiplier(2.0**-32)] == [2**30, -31]
     assert [int(part) for part in quantize_multiplier(2.0**-33)] == [0, 0]
     for bad in (2.0**30, -(2.0**31), math.inf, math.nan, 2.0**30 - 2.0**-30):
         with pytest.raises(InputError, match="outside integer arithmetic"):

@@ -79,6 +79,7 @@ def resnet() -> Network:
 
 
 @needs_data
+@pytest.mark.proves("integer.ds-cnn")
 @pytest.mark.parametrize("dialect", ["R1", "R2"])
 def test_ds_cnn_in_integers(ds_cnn: Network, dialect: str) -> None:
     """All 2,200 clips: at most 1.1 of the divergence that static quantization costs anyway."""
@@ -91,6 +92,7 @@ def test_ds_cnn_in_integers(ds_cnn: Network, dialect: str) -> None:
 
 
 @needs_data
+@pytest.mark.proves("integer.resnet20")
 def test_resnet20_in_integers(resnet: Network) -> None:
     graph = rd.lower(resnet.q)
     assert {node.op for node in graph} >= {"conv", "add", "pad", "slice", "linear"}
@@ -141,6 +143,7 @@ def test_each_operation_is_one_unit_from_the_float_side(network: str, request: p
 
 
 @needs_data
+@pytest.mark.proves("integer.simulate")
 def test_fast_is_the_definition_and_repeats(ds_cnn: Network) -> None:
     graph, x = rd.lower(ds_cnn.q), ds_cnn.inputs[:24]
     codes = rd.simulate(graph, x, codes=True, fast=False)
@@ -151,6 +154,7 @@ def test_fast_is_the_definition_and_repeats(ds_cnn: Network) -> None:
 
 
 @needs_data
+@pytest.mark.proves("integer.json")
 def test_graph_and_model_come_back_from_their_files(ds_cnn: Network, tmp_path: Any) -> None:
     q, x = ds_cnn.q, ds_cnn.inputs
     graph = rd.lower(q)
@@ -181,6 +185,7 @@ def quantized(module: nn.Module, x: Tensor, weights: str | None = "int8", activa
     return rd.quantize(module, weights, activations, data=[Batch((x,), {}, None)])
 
 
+@pytest.mark.proves("integer.widths")
 @pytest.mark.parametrize("weights", ["int8", "int8/tensor", "int6", "int4", "int3", "int2"])
 @pytest.mark.parametrize("act", [None, "relu", "relu6"])
 def test_weights_of_every_width(weights: str, act: str | None) -> None:
@@ -255,20 +260,33 @@ def test_a_dead_site_and_a_channel_without_weights() -> None:
     node, constants = conv(w, b)
     dead = Node("conv", ("x", "dead.weight", "dead.bias"), ("dead",), {**node.attrs, "act": "relu"})
     total = Node("add", ("conv", "dead"), ("sum",))
-    constants |= {"dead.weight": w * 1e-3, "dead.bias": torch.full((3,), -100.0)}
     x = torch.randn(16, 4, 6, 6)
+    constants |= {"dead.weight": w, "dead.bias": -torch.nn.functional.conv2d(x, w, padding=1).amax((0, 2, 3)) - 0.1}
     q = quantized(graph_of(node, dead, total, constants=constants), x)
     graph = rd.lower(q)
     assert np.abs(rd.simulate(graph, x) - q.module(x).detach().numpy()).max() < 2.1 * graph.nodes[-1].attrs["scale"]
     seen: dict[str, Ints] = {}
-    rd.simulate(graph, 1e6 * x, watch=seen.__setitem__)
+    rd.simulate(graph, x.sign() * 9, watch=seen.__setitem__)  # here it would fire
     assert len(np.unique(seen["dead"])) == 1
     assert len(np.unique(seen["conv"][:, 1])) == 1
+
+
+def test_relu6_ends_at_six_where_its_site_goes_further() -> None:
+    node, constants = conv(torch.randn(3, 4, 3, 3), act="relu6")
+    x = 10 * torch.randn(16, 4, 6, 6)
+    q = quantized(graph_of(node, constants=constants), x)
+    q = replace(q, activations={"x": q.activations["x"], "conv": q.activations["x"]})
+    graph = rd.lower(q)
+    got = rd.simulate(graph, x)
+    assert got.min() == 0
+    assert abs(got.max() - 6) <= graph.nodes[-1].attrs["scale"] / 2
+    assert np.abs(got - q.module(x).detach().numpy()).max() <= 1.01 * graph.nodes[-1].attrs["scale"]
 
 
 # -- proofs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("integer.proofs")
 def test_proven_ranges_are_reached() -> None:
     """The worst input of each output channel gives the ends of the proof, so it is a bound and no guess."""
     torch.manual_seed(0)
@@ -281,6 +299,7 @@ def test_proven_ranges_are_reached() -> None:
     assert node.attrs["acc"] == [low.min(), high.max()]
 
 
+@pytest.mark.proves("integer.proofs")
 def test_sums_that_may_leave_int32_are_refused() -> None:
     """70,000 products of 127 * 255 do not fit; 60,000 do."""
     for width, fits in ((60_000, True), (70_000, False)):
@@ -312,8 +331,11 @@ def bad_graphs(graph: Graph) -> Iterator[tuple[Graph, str]]:
     yield in_dialect(graph, "R4"), r"conv \(conv\) rounds by R4, which is float arithmetic"
     heavy = {**graph.constants, "conv.bias": torch.full((3,), 2**31 - 1, dtype=torch.int32)}
     yield replace(graph, constants=heavy), "its sums reach .* past int32"
+    steep = {**graph.constants, "conv.shift": torch.full((3,), 25, dtype=torch.int32)}
+    yield replace(graph, constants=steep), "its sums reach .* past int32"
     real = {**graph.constants, "conv.bias": torch.zeros(3)}
     yield replace(graph, constants=real), "conv.bias: a constant of torch.float32"
+    yield replace(graph, values={**graph.values, "conv": Spec(("N",), "float16")}), "conv: float16 is no integer type"
     door, layer, out = graph.nodes
     inner = Node("dequantize", ("conv",), ("y",), out.attrs), Node("rescale", ("y",), ("z",), {})
     yield replace(graph, nodes=(door, layer, *inner), outputs=("z",)), r"z \(rescale\) computes with 'y', which is real"
@@ -322,6 +344,7 @@ def bad_graphs(graph: Graph) -> Iterator[tuple[Graph, str]]:
     yield Graph((), (), ()), "holds real operations"
 
 
+@pytest.mark.proves("integer.proofs")
 def test_the_verifier_refuses(small: Graph) -> None:
     check_integer(small)
     assert accumulators(small, small.nodes[0]) is None
@@ -368,6 +391,7 @@ class Refused(nn.Module):
         return torch.erf(self.c(torch.tanh(self.b(self.a(x)))))
 
 
+@pytest.mark.proves("integer.refused")
 def test_every_node_in_the_way_is_named() -> None:
     plan = rd.Plan(tuple(rd.plan.Rule(*rule) for rule in [
         ("*", "int8", "int8"), ("a", "cb16", None), ("b", "int4/g16", None), ("c", "float", None),
@@ -382,6 +406,7 @@ def test_every_node_in_the_way_is_named() -> None:
         assert part in text, text
 
 
+@pytest.mark.proves("integer.refused")
 @pytest.mark.parametrize(
     ("weights", "activations", "message"),
     [

@@ -52,6 +52,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.proves("integer.ops")
 @pytest.mark.parametrize(("x", "w", "stride", "padding", "dilation", "groups"), SHAPES)
 def test_convolution_sums(x: Any, w: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> None:
     codes, weight = draw(*x, low=-255, high=255), draw(*w, seed=1)
@@ -67,6 +68,7 @@ def test_one_dimensional_convolution() -> None:
     assert np.array_equal(_conv_sums(x, w, [2], [3, 1], [2], 2), want)
 
 
+@pytest.mark.proves("integer.simulate")
 @pytest.mark.parametrize("peak", [2**3, 2**12, 2**25, 2**40], ids=["float32", "edge", "float64", "definition"])
 def test_fast_sums_equal_the_definition(peak: int) -> None:
     """Whatever floating type carries them, or none, sums are the same; the inputs sit at their ends, where float32 would round."""
@@ -79,16 +81,18 @@ def test_fast_sums_equal_the_definition(peak: int) -> None:
     assert set(FAST) == {"conv", "linear"}
 
 
-def test_fast_sums_just_past_float32() -> None:
-    """Odd sums above 2^24, which float32 does not hold."""
-    x, w = draw(64, 288, low=450, high=511), np.full((2, 288), 127)
+@pytest.mark.proves("integer.simulate")
+@pytest.mark.parametrize(("low", "digits"), [(450, 24), (2**38, 53)])
+def test_fast_sums_just_past_a_floating_type(low: int, digits: int) -> None:
+    """Odd sums above 2^24, which float32 does not hold, and above 2^53, which float64 does not."""
+    x, w = draw(64, 288, low=low, high=low + 61), np.full((2, 288), 127)
     sums = linear_sums(x, w)
-    assert (sums % 2 == 1).any()
-    assert (sums > 2**24).any()
+    assert ((sums % 2 == 1) & (sums > 2**digits)).any()
     assert np.array_equal(_linear_sums(x, w), sums)
     assert np.array_equal(_conv_sums(x[:, :, None, None], w[:, :, None, None], [1, 1], [0] * 4, [1, 1], 1)[:, :, 0, 0], sums)
 
 
+@pytest.mark.proves("integer.ops")
 def test_linear() -> None:
     x, w, bias = draw(2, 3, 7), draw(5, 7, seed=1), draw(5, low=-9999, high=9999)
     one = {**SAME, "multiplier": None, "shift": None}
@@ -103,6 +107,7 @@ def test_rescale_clamps_and_moves_the_zero_point() -> None:
     assert np.array_equal(got, np.clip((x + 128 + 1) // 2 - 10, -10, 100))
 
 
+@pytest.mark.proves("integer.ops")
 def test_addition_in_a_finer_unit() -> None:
     """Nearest real sum, but for a slip in the 20th bit; both operands' factors count."""
     a, b = draw(4000), draw(4000, seed=1)
@@ -115,6 +120,7 @@ def test_addition_in_a_finer_unit() -> None:
     assert np.abs(got - real).max() < 0.5001
 
 
+@pytest.mark.proves("integer.ops")
 @pytest.mark.parametrize("padding", [[0, 0, 0, 0], [1, 0, 1, 1]])
 def test_pools(padding: list[int]) -> None:
     x = draw(2, 3, 8, 9)
@@ -130,6 +136,7 @@ def test_pools(padding: list[int]) -> None:
     assert np.array_equal(INTEGER["sum_pool"](x, **place, x_zero=-5, **SAME), total)
 
 
+@pytest.mark.proves("integer.ops")
 def test_sum() -> None:
     x = draw(2, 3, 4, 5)
     assert np.array_equal(INTEGER["sum"](x, axes=[2, 3], keepdim=True, x_zero=7, **SAME), (x - 7).sum((2, 3), keepdims=True))
@@ -146,6 +153,7 @@ MOVES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.proves("integer.ops")
 @pytest.mark.parametrize(("name", "attrs"), MOVES)
 def test_moves_equal_the_real_ones(name: str, attrs: dict[str, Any]) -> None:
     x = draw(2, 3, 4, 4)
@@ -158,6 +166,7 @@ def test_concat() -> None:
     assert np.array_equal(INTEGER["concat"](x, y, axis=1), np.concatenate([x, y], 1))
 
 
+@pytest.mark.proves("integer.ops")
 @pytest.mark.parametrize("rounding", ["R1", "R2", "R2a", "R3"])
 @pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 20.0])
 def test_softmax_is_near_the_real_one(rounding: str, scale: float) -> None:
@@ -168,6 +177,15 @@ def test_softmax_is_near_the_real_one(rounding: str, scale: float) -> None:
                              acc=(0, 2**31 - 1))  # fmt: skip
     want = np.clip(torch.softmax(torch.from_numpy(x * scale), -1).numpy() * 256 - 128, -128, 127)
     assert np.abs(got - want).max() < 0.52
+
+
+@pytest.mark.parametrize("rounding", ["R1", "R2", "R2a", "R3"])
+def test_softmax_of_very_many(rounding: str) -> None:
+    """2,000 equal terms are 0.13 units each: nothing, although their reciprocal shifts further than a multiplier says."""
+    table = np.full(256, 2**31 - 1)
+    got = INTEGER["softmax"](np.zeros((1, 2000), np.int64), table, axis=-1, bits=8, y_zero=-128, low=-128, high=127,
+                             rounding=rounding, acc=(0, 2**31 - 1))  # fmt: skip
+    assert (got == -128).all()
 
 
 def test_doors() -> None:
@@ -202,6 +220,6 @@ def test_packed_constants(dtype: str) -> None:
 
 def test_the_list_is_closed() -> None:
     assert set(INTEGER) == INTEGER_OPS
-    with pytest.raises(InputError, match="no integer type"):
+    with pytest.raises(InputError, match="no integer type of up to 32 bits"):
         extremes("float32")
     assert padded(np.ones((1, 1)), [0, 0], 0).shape == (1, 1)

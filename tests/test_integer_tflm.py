@@ -126,6 +126,7 @@ def assert_equal(ours: Ints, theirs: Ints) -> None:
     assert np.count_nonzero(ours != theirs) == 0, f"{np.count_nonzero(ours != theirs)} of {ours.size} differ"
 
 
+@pytest.mark.proves("integer.tflm")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("act", [None, nn.ReLU(), nn.ReLU6()], ids=["none", "relu", "relu6"])
 def test_convolution(seed: int, act: nn.Module | None) -> None:
@@ -145,6 +146,7 @@ def test_convolution(seed: int, act: nn.Module | None) -> None:
     assert_equal(ours, tflite_micro(file, nhwc(x)))
 
 
+@pytest.mark.proves("integer.tflm")
 @pytest.mark.parametrize("seed", range(3))
 def test_depthwise_convolution(seed: int) -> None:
     torch.manual_seed(seed)
@@ -163,6 +165,7 @@ def test_depthwise_convolution(seed: int) -> None:
     assert_equal(ours, tflite_micro(file, nhwc(x)))
 
 
+@pytest.mark.proves("integer.tflm")
 @pytest.mark.parametrize("seed", range(3))
 def test_fully_connected(seed: int) -> None:
     torch.manual_seed(seed)
@@ -182,6 +185,7 @@ class Plus(nn.Module):
         return torch.relu(a + b)
 
 
+@pytest.mark.proves("integer.tflm")
 @pytest.mark.parametrize("seed", range(3))
 def test_addition(seed: int) -> None:
     torch.manual_seed(seed)
@@ -192,6 +196,7 @@ def test_addition(seed: int) -> None:
     assert_equal(one.run(a, b), tflite_micro(file, a, b))
 
 
+@pytest.mark.proves("integer.tflm")
 def test_average_pool() -> None:
     one = Lowered(nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), torch.randn(8, 4, 9, 9), avg_pool="input")
     assert one.node.op == "avg_pool"
@@ -203,6 +208,7 @@ def test_average_pool() -> None:
     assert_equal(ours, tflite_micro(file, nhwc(x)))
 
 
+@pytest.mark.proves("integer.tflm")
 @pytest.mark.parametrize("peak", [0.1, 2.0, 12.0, 60.0, 300.0])
 @pytest.mark.parametrize("classes", [2, 12, 400])
 def test_softmax(peak: float, classes: int) -> None:
@@ -218,6 +224,7 @@ def test_softmax(peak: float, classes: int) -> None:
     assert np.count_nonzero(ours != theirs) == 0, f"{np.count_nonzero(ours != theirs)} of {ours.size} differ"
 
 
+@pytest.mark.proves("integer.tflm")
 def test_max_pool() -> None:
     one = Lowered(nn.MaxPool2d(2), torch.randn(8, 4, 8, 8))
     x = draw(20, 4, 8, 8)

@@ -116,10 +116,12 @@ def test_every_slot_is_decided_and_the_last_match_wins() -> None:
 
 
 @pytest.mark.proves("plan.complete")
-def test_what_no_rule_names_is_float() -> None:
-    table = Plan((Rule("head", "int4"),)).resolve(SLOTS)
+def test_every_weight_must_be_named_and_an_unnamed_site_is_float() -> None:
+    with pytest.raises(rd.PlanError, match=r"no rule of the plan names the weight 'stage1\.0\.conv\.weight'; begin with Rule"):
+        Plan((Rule("head", "int4"),)).resolve(SLOTS)
+    table = Plan((Rule("*.weight", "int4"),)).resolve(SLOTS)
     assert table.keys() == {slot.name for slot in SLOTS}
-    assert [name for name, choice in table.items() if choice is not None] == ["head.weight"]
+    assert [name for name, choice in table.items() if choice is None] == ["stage2.0.conv", "head"]
 
 
 @pytest.mark.proves("plan.complete")
@@ -136,18 +138,19 @@ def test_a_mistake_in_the_last_rule_costs_no_work() -> None:
 @pytest.mark.parametrize(
     ("pattern", "hits"),
     [
-        ("*", 5), ("head", 2), ("head.*", 1), ("stage?", 3), ("stage[12].0", 3), ("stage1", 1), ("*.weight", 3), ("stage2.0.conv", 2),
-        ("head.input", 1), ("*.input", 1), ("*conv", 3),
+        ("*", 5), ("head", 2), ("head.*", 1), ("stage?", 3), ("stage[12].0", 3), ("stage1", 1), ("*.weight", 3),
+        ("stage2.0.conv", 2), ("head.input", 1), ("*.input", 1), ("*conv", 3),
     ],
 )  # fmt: skip
 def test_patterns_match_names_and_dotted_prefixes(pattern: str, hits: int) -> None:
-    table = Plan((Rule(pattern, "int4", "int4"),)).resolve(SLOTS)
+    table = Plan((Rule("*", "float"), Rule(pattern, "int4", "int4"))).resolve(SLOTS)
     assert sum(choice is not None for choice in table.values()) == hits
 
 
 @pytest.mark.proves("plan.unmatched")
 @pytest.mark.parametrize(
-    ("pattern", "near"), [("haed", "head"), ("stage1.0.conv1", "stage1.0.conv"), ("HEAD", "stage1"), ("", "head"), ("head ", "head")]
+    ("pattern", "near"),
+    [("haed", "head"), ("stage1.0.conv1", "stage1.0.conv"), ("HEAD", "stage1"), ("", "head"), ("head ", "head")],
 )
 def test_a_pattern_that_matches_nothing_names_its_neighbours(pattern: str, near: str) -> None:
     with pytest.raises(rd.PlanError) as caught:

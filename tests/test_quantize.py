@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -209,7 +210,9 @@ def test_dynamic_per_token_equals_integers(text: str, graph: bool) -> None:
 
 @pytest.mark.proves("mode.dynamic-token")
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("layer", [nn.Conv1d(6, 4, 3), nn.Conv2d(6, 4, 3), nn.ConvTranspose1d(6, 4, 3)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(6, 4, 3), nn.Conv2d(6, 4, 3), nn.ConvTranspose1d(6, 4, 3)], ids=lambda m: type(m).__name__
+)
 def test_token_of_a_convolution_is_a_sample(layer: nn.Module, batched: bool) -> None:
     """One scale per sample, whatever its rank and whether or not there is a batch axis: each sample alone gives the same."""
     x = rows(3, 6, 9, 9) * torch.tensor([1.0, 30.0, 0.01]).reshape(3, 1, 1, 1)
@@ -223,21 +226,16 @@ def test_token_of_a_convolution_is_a_sample(layer: nn.Module, batched: bool) -> 
 
 
 @pytest.mark.proves("mode.on-codes")
-@pytest.mark.parametrize("fill", [1.0, -1.0])
-def test_sums_above_two_to_the_24_are_exact(fill: float) -> None:
-    """4,001 products of 127 x 255 add up to 1.3e8: odd sums that float32 cannot hold."""
-    layer = nn.Linear(4001, 1, bias=False)
-    layer.weight.data = torch.full((1, 4001), 127.0)
-    layer.weight.data[0, 0] = 126.0
-    x = torch.full((1, 4001), fill)
+def test_sums_above_two_to_the_24_are_exact() -> None:
+    """20,001 products of up to 127 x 255: sums near 1.6e8, where float32 has steps of 16 and loses some at every addition."""
+    layer, x = nn.Linear(20_001, 16, bias=False), torch.rand(4, 20_001)
+    layer.weight.data = torch.rand(16, 20_001)
     q = rd.quantize(nn.Sequential(layer), "int8", "int8:dynamic", data=[x])
-    w, w_scale = stored_weight(q, "0.weight")
-    codes, scale = dynamic_codes(x.numpy())
-    sums = int((codes @ w.T).item())
-    assert abs(sums) > 2**24
-    assert float(np.float32(sums)) != sums
-    want = np.float32(np.float64(sums) * (np.float64(w_scale[0]) * np.float64(scale[0, 0])))
-    assert q.module(x).item() == want
+    (w, w_scale), (codes, scale) = stored_weight(q, "0.weight"), dynamic_codes(x.numpy().reshape(1, -1))
+    sums = codes.reshape(4, -1) @ w.T
+    assert sums.min() > 2**26
+    want = sums.astype(np.float64) * (w_scale.astype(np.float64) * np.float64(scale[0, 0]))
+    assert np.array_equal(q.module(x).detach().numpy(), want.astype(np.float32))
 
 
 @pytest.mark.proves("mode.weight-only")
@@ -270,7 +268,7 @@ def edges_on_their_grids(q: rd.QModel, *args: Tensor) -> dict[str, float]:
             return
         scale, zero = stored_site(q, root[name])
         codes = np.rint(value.numpy() / np.float32(scale)).astype(np.int64)
-        assert -128 <= codes.min() + zero
+        assert codes.min() + zero >= -128
         assert codes.max() + zero <= 127
         assert np.array_equal(codes.astype(np.float32) * np.float32(scale), value.numpy()), name
         scales[name] = scale
@@ -515,11 +513,10 @@ def test_a_batch_is_its_samples_one_by_one() -> None:
 
 
 @pytest.mark.proves("mode.fake-twin")
-@pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("activations", [None, "int8:dynamic", "int8"])
+@pytest.mark.parametrize(
+    ("graph", "activations"), [(True, None), (True, "int8:dynamic"), (True, "int8"), (False, None), (False, "int8:dynamic")]
+)
 def test_twin_trains_and_nothing_else_changes(graph: bool, activations: str | None) -> None:
-    if activations == "int8" and not graph:
-        pytest.skip("static ranges need data, and data makes a graph")
     net, x = Everything().eval(), rows(3, 4, 6, 6)
     before = {name: t.clone() for name, t in net.state_dict().items()}
     q = rd.quantize(net, "int4", activations, data=[x] if graph else None)
@@ -570,10 +567,8 @@ def test_model_is_left_as_it_was() -> None:
         lambda: rd.quantize(net, "int8", "int8", data=[x * torch.nan]),
         lambda: rd.calibrate(net, [x]),
     ):
-        try:
+        with contextlib.suppress(rd.InputError):
             action()
-        except rd.InputError:
-            pass
         assert [m.training for m in net.modules()] == [True, True, False, True, True]
         assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
         assert all(p.requires_grad and p.grad is None for p in net.parameters())
@@ -582,7 +577,7 @@ def test_model_is_left_as_it_was() -> None:
 WRONG: dict[str, tuple[Callable[[nn.Module, Tensor], object], type[Exception], str]] = {
     "no module": (lambda m, x: rd.quantize("m.tflite"), rd.PlanError, r"torch\.nn\.Module, got str; roundel\.read\(path\)"),
     "a class": (lambda m, x: rd.quantize(nn.Linear), rd.PlanError, "got type"),
-    "a number of bits": (lambda m, x: rd.quantize(m, 8), rd.PlanError, "weights is a format text such as 'int4/g32', or None; got int"),
+    "a number of bits": (lambda m, x: rd.quantize(m, 8), rd.PlanError, "weights is a format text such as 'int4/g32'.*got int"),
     "a parsed format": (lambda m, x: rd.quantize(m, "int8", rd.Format.parse("int8")), rd.PlanError, "activations is a format text"),
     "no such format": (lambda m, x: rd.quantize(m, "int99"), rd.FormatError, "1 to 16 bits"),
     "no such timing": (lambda m, x: rd.quantize(m, "int8", "int8:later", data=[x]), rd.FormatError, "int8:later"),
@@ -595,16 +590,16 @@ WRONG: dict[str, tuple[Callable[[nn.Module, Tensor], object], type[Exception], s
     "a number as data": (lambda m, x: rd.quantize(m, data=5), rd.InputError, "type int"),
     "a path as data": (lambda m, x: rd.quantize(m, data="x.npz"), rd.InputError, "load_data"),
     "data of another shape": (lambda m, x: rd.quantize(m, "int8", data=[x[:, :7]]), rd.InputError, r"batch of float32 \[4, 7\]"),
-    "the second batch": (lambda m, x: rd.quantize(m, "int8", "int8", data=[x, x[:, :7]]), rd.InputError, r"got \[4, 7\]"),
+    "the second batch": (lambda m, x: rd.quantize(m, "int8", "int8", data=[x, x[:, :7]]), rd.InputError, r"\[4, 7\]"),
     "data of another type": (lambda m, x: rd.quantize(m, "int8", "int8", data=[x.double()]), rd.InputError, "same dtype"),
     "NaN in data": (lambda m, x: rd.quantize(m, "int8", "int8", data=[x, x * torch.nan]), rd.InputError, "batch 1"),
     "unknown input": (lambda m, x: rd.quantize(m, data=[{"wrong": x}]), rd.InputError, "wrong"),
     "solver": (lambda m, x: rd.quantize(m, solver="best"), rd.PlanError, "no solver 'best'; there are rtn"),
     "ranges": (lambda m, x: rd.quantize(m, "int8", "int8", data=[x], ranges="best"), rd.PlanError, "'best' is not one of: minmax"),
-    "exclude nothing": (lambda m, x: rd.quantize(m, data=[x], exclude=["head"]), rd.PlanError, "no layer matches the pattern 'head'"),
+    "exclude nothing": (lambda m, x: rd.quantize(m, data=[x], exclude=["head"]), rd.PlanError, "matches the pattern 'head'"),
     "exclude a number": (lambda m, x: rd.quantize(m, data=[x], exclude=[3]), rd.PlanError, "got 3"),
     "plan as a path": (lambda m, x: rd.quantize(m, data=[x], plan="p.toml"), rd.PlanError, r"Plan\.read\(path\)"),
-    "plan and activations": (lambda m, x: rd.quantize(m, "int8", "int8", data=[x], plan=Plan(())), rd.PlanError, "leave activations="),
+    "plan and activations": (lambda m, x: rd.quantize(m, "int8", "int8", plan=Plan(())), rd.PlanError, "activations= away"),
     "quantized already": (lambda m, x: rd.quantize(rd.quantize(m)), rd.PlanError, "quantized already"),
     "its module": (lambda m, x: rd.quantize(rd.quantize(m, data=[x]).module), rd.PlanError, "quantized already"),
     "its twin": (lambda m, x: rd.quantize(rd.fake(rd.quantize(m))), rd.PlanError, "quantized already"),
@@ -807,7 +802,10 @@ def test_evaluate_measures_the_damage() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 3)), rows(60, 8)
     y = net(x).argmax(1)
-    found = [rd.evaluate(rd.quantize(net, w, data=[x]), against=net, data=[(x, y)], metric="top1", latency=False) for w in ("int8", "int2")]
+    found = [
+        rd.evaluate(rd.quantize(net, w, data=[x]), against=net, data=[(x, y)], metric="top1", latency=False)
+        for w in ("int8", "int2")
+    ]
     fine, coarse = found
     assert 0 <= fine.kl < 1e-4 < coarse.kl
     assert fine.flips <= coarse.flips

@@ -45,21 +45,27 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for rule in self.rules:
-            if not isinstance(rule, Rule) or not all(isinstance(v, str) for v in (rule.pattern, rule.weight or "", rule.activation or "")):
+            if not isinstance(rule, Rule) or not all(
+                isinstance(v, str) for v in (rule.pattern, rule.weight or "", rule.activation or "")
+            ):
                 raise PlanError(f"a plan is a tuple of Rule(pattern, weight, activation), all of them texts; got {rule!r}")
 
     def resolve(self, slots: Iterable[Slot]) -> dict[str, Choice | None]:
         """Slot name -> its `Choice`, None for float. Raises `PlanError` for a rule that matches nothing, with the nearest names,
-        and for a slot that no rule names."""
+        and for a weight that no rule names; a site that no rule names is computed in float."""
         slots = list(slots)
         table: dict[str, Choice | None] = {}
         used = [False] * len(self.rules)
         for slot in slots:
-            text = None
+            text, named = None, False
             for i, rule in enumerate(self.rules):
                 if _matches(rule.pattern, slot):
-                    used[i] = True
+                    used[i] = named = True
                     text = (rule.weight if slot.kind == "weight" else rule.activation) or text
+            if slot.kind == "weight" and not named:
+                raise PlanError(
+                    f'no rule of the plan names the weight {slot.name!r}; begin with Rule("*", weight="float") or another format'
+                )
             table[slot.name] = None if text in (None, FLOAT) else Choice.parse(text, slot.kind)
         for rule, hit in zip(self.rules, used, strict=True):
             if not hit:
@@ -88,7 +94,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, weights: str | None, activations: str | None = None, exclude: Iterable[str] = ()) -> Plan:
         """One rule for everything, then one that leaves float whatever is excluded."""
-        base = Rule("*", weights or FLOAT, activations or FLOAT)
+        base = Rule("*", FLOAT if weights is None else weights, FLOAT if activations is None else activations)
         return cls((base, *(Rule(pattern, FLOAT, FLOAT) for pattern in exclude)))
 
 
@@ -125,7 +131,9 @@ class Choice:
             raise PlanError(f"{text!r}:running is not built yet; there are :static and :dynamic")
         format = Format.parse(text, kind)
         if kind == "activation" and isinstance(format.grid, Codebook):
-            raise PlanError(f"{text!r} learns its table from numbers that are stored; activations take intN, uintN, fpN, nf4 or logN")
+            raise PlanError(
+                f"{text!r} learns its table from numbers that are stored; activations take intN, uintN, fpN, nf4 or logN"
+            )
         return cls(format, when)
 
 

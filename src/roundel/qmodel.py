@@ -145,8 +145,12 @@ def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
         activations = {}
         for site, entry in document.activations.items():
             fmt = Format.parse(entry.format)
+            if entry.when == "running" or (entry.when == "dynamic" and not site.endswith("input")):
+                raise ValueError(f"site {site!r} cannot be {entry.when}")
             params = _lift_params(f"activation:{site}", fmt, flat) if entry.when == "static" else None
             activations[site] = Activation(fmt, entry.when, params)
+        if lost := [name for name in flat if name.startswith("activation:")]:
+            raise ValueError(f"{lost[0]!r} belongs to no site")
     except (KeyError, ValueError, RuntimeError, IndexError) as err:
         raise InputError(f"{show(path)} is damaged: its tensors do not fit its description ({err})") from err
     structure = document.structure_over({**tensors, **flat})

@@ -65,7 +65,7 @@ def quantize(
     ``weights`` is a format text. ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one
     with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``.
     ``ranges`` is minmax, average, percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan``
-    replaces all three by rules per layer. Labels in ``data`` are used to check that the float model works at all.
+    gives rules per layer in place of both formats. ``seed`` is recorded; nothing here is drawn at random yet. Labels in ``data`` are used to check that the float model works at all.
 
     With ``strict`` anything that is left float unasked, or done in another way, is a `CheckError`. Raises `PlanError` for a plan
     that does not fit the model, `InputError` for bad data or weights, `FormatError` for numbers that a format cannot hold.
@@ -90,6 +90,12 @@ def quantize(
         _check_weights(network, table, notes)
         if items is not None:
             _check_float(network.module, items)
+        if isinstance(network, _ModuleNetwork) and any(c and c.when == "static" for n, c in table.items() if n in network.sites):
+            notes.append(
+                Note(
+                    "model", "only the inputs of its weighted layers are quantized, what lies between them is float", fallback=True
+                )
+            )
         chosen = _activations(network, table, items or [], ranges, progress, notes)
         tensors = _weights(network, table, solver, progress, notes)
     provenance = {
@@ -192,7 +198,17 @@ class _ModuleNetwork:
         config = hf_config(self.module)
         kind = type(self.module)
         structure = HF(config) if config is not None else External(f"{kind.__module__}:{kind.__qualname__}")
-        return QModel(structure, tensors, chosen, plan, rest, provenance, notes, self.tied, template=share(self.module))
+        return QModel(
+            structure,
+            tensors,
+            chosen,
+            plan,
+            rest,
+            provenance,
+            notes,
+            self.tied,
+            template=None if config is not None else share(self.module),
+        )
 
 
 def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> _GraphNetwork | _ModuleNetwork:
@@ -207,6 +223,10 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
         )
         return _ModuleNetwork(model, notes)
     example = items[0].named or items[0].args
+    if len({tuple((name, x.shape[1:]) for name, x in _inputs(batch)) for batch in items}) > 1:
+        text = "its batches differ in more than the batch size, which one graph cannot follow; its layers are quantized in place"
+        notes.append(Note("model", f"{text}, each layer's input only", fallback=True))
+        return _ModuleNetwork(model, notes)
     try:
         return _GraphNetwork(fuse(capture(model, example)), notes)
     except InputError as err:
@@ -219,6 +239,10 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
             )
         )
         return _ModuleNetwork(model, notes)
+
+
+def _inputs(batch: Batch) -> list[tuple[str, Tensor]]:
+    return [*((str(i), x) for i, x in enumerate(batch.args)), *sorted(batch.named.items())]
 
 
 def _ties(module: nn.Module) -> dict[str, str]:
@@ -315,8 +339,10 @@ def _rules(weights: str | None, activations: str | None, exclude: Iterable[str],
         return Plan.of(weights, activations, patterns)
     if not isinstance(plan, Plan):
         raise PlanError(f"plan is a Plan, got {type(plan).__name__}; Plan.read(path) makes one of a TOML or JSON file")
-    if activations is not None:
-        raise PlanError("the plan says how activations are treated; leave activations= away, or add a rule")
+    if activations is not None or weights not in ("int8", FLOAT, None):
+        raise PlanError(
+            "the plan says how weights and activations are treated; leave weights= and activations= away, or add a rule"
+        )
     return Plan((*plan.rules, *Plan.of(None, None, patterns).rules[1:]))
 
 

@@ -37,7 +37,7 @@ def static_activation(name: str, fmt: Format, seen: Stats, method: str, fixed: t
     if isinstance(fmt.grid, Real):
         nothing = torch.zeros(1, 1)
         return Activation(fmt, "static", fmt.store(fmt.from_range(nothing, nothing)))
-    if fixed is not None and isinstance(fmt.grid, Uniform) and fmt.zero is not None:
+    if fixed is not None and isinstance(fmt.grid, Uniform) and fmt.zero is not None and fmt.bits in (8, 16):
         lo, hi = fixed[0], fixed[1] - (fixed[1] - fixed[0]) * 2.0**-fmt.bits
     else:
         # A grid that is no run of integers is searched as the symmetric integers of as many bits.

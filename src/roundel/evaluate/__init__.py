@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data import Batch, batches
 from ..errors import InputError, PlanError
+from ..network.walk import state
 from ..qmodel import QModel
 from .artifacts import Difference, diff
 from .scores import METRICS, Metric, Scores, near_chance, plain, predictions
@@ -207,4 +208,4 @@ def _peak_memory(work: Callable[[], object]) -> int | None:
 def _nbytes(model: QModel | nn.Module) -> int:
     if isinstance(model, QModel):
         return model.nbytes
-    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    return sum(t.nbytes for t in state(model).values())

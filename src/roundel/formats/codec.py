@@ -300,12 +300,14 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, table: Tensor 
         empty = torch.zeros(blocks.grid)
         return Params(empty, empty if fmt.zero or fmt.min else None)
     scale = torch.cat([f.scale for f in found if f.scale is not None]).reshape(blocks.grid) if fmt.scale is not None else None
-    offset = torch.cat([f.offset for f in found if f.offset is not None]).reshape(blocks.grid) if found[0].offset is not None else None
+    offset = (
+        torch.cat([f.offset for f in found if f.offset is not None]).reshape(blocks.grid) if found[0].offset is not None else None
+    )
     return Params(scale, offset)
 
 
 class _Blocks:
-    """A matrix cut into the blocks that share a scale: (blocks, elements), short blocks completed with weightless zeros."""
+    """A matrix cut into the blocks that share a scale: (blocks, elements), short blocks completed by weightless repetition."""
 
     def __init__(self, fmt: Format, w: Tensor, weight: Tensor | None) -> None:
         rows, cols = w.shape
@@ -313,9 +315,11 @@ class _Blocks:
         self.block = fmt.share.block((rows, cols))
         self.count, self.size = self.grid[0] * self.grid[1], self.block[0] * self.block[1]
         fill = (0, self.grid[1] * self.block[1] - cols, 0, self.grid[0] * self.block[0] - rows)
-        if any(fill) and weight is None:
-            weight = torch.ones_like(w)
-        self.w = self._cut(torch.nn.functional.pad(w, fill)) if w.numel() else w.reshape(0, 0)
+        if any(fill) and w.numel():
+            weight = torch.ones_like(w) if weight is None else weight
+            # the last row and column again, so that no extreme is a number that is not there
+            w = w[torch.arange(rows + fill[3]).clamp(max=rows - 1)][:, torch.arange(cols + fill[1]).clamp(max=cols - 1)]
+        self.w = self._cut(w) if w.numel() else w.reshape(0, 0)
         self.weight = self._cut(torch.nn.functional.pad(weight, fill)) if weight is not None and w.numel() else None
         self.count = self.w.shape[0]
 
@@ -333,7 +337,7 @@ def _ratios(fmt: Format) -> list[float]:
         return [1.0, 0.5, 0.71, 1.42]
     if fmt.bits >= 7:
         # At 8 bits clipping gains next to nothing in squared error and shifts the outputs of a whole channel.
-        return [1.0]
+        return [1.0] if fmt.bits <= 8 else [1.0, 1 + 2.0**-10]  # a scale that fp16 rounds down would clip the peak
     return [1.0, 1.05, *(1 - 0.025 * i for i in range(1, 28))]
 
 
@@ -370,7 +374,7 @@ def _search(fmt: Format, x: Tensor, weight: Tensor | None) -> Params:
 
 
 def _settle(fmt: Format, params: Params) -> Params:
-    """Round the scale and minimum as they will be stored, where that takes no outer scale; what is out of range is for `store` to refuse."""
+    """Round the scale and minimum as they will be stored, where that takes no outer scale; `store` refuses what is out of range."""
 
     def one(part: Format | None, values: Tensor | None) -> Tensor | None:
         if part is None or values is None or part.scale is not None:

@@ -76,7 +76,7 @@ class Graph:
     opset: str = "real"
 
     def __post_init__(self) -> None:
-        from .ops import OPS
+        from .ops import OPS, misfit
 
         ops = {"real": OPS.keys(), "integer": INTEGER_OPS}.get(self.opset)
         if ops is None:
@@ -85,14 +85,20 @@ class Graph:
         if len(known) != 1 + len(self.inputs) + len(self.constants):
             raise InputError("a graph input and a constant share one name")
         for node in self.nodes:
+            if not node.outputs:
+                raise InputError(f"a node of operation {node.op!r} makes no value")
             if node.op not in ops:
                 raise InputError(f"operation {node.op!r} of {node.name!r} is not one of: {', '.join(sorted(ops))}")
             if missing := [name for name in node.inputs if name not in known]:
                 raise InputError(f"{node.name!r} ({node.op}) reads {missing[0]!r} before any node makes it")
+            if self.opset == "real" and (wrong := misfit(node.op, node.attrs)):
+                raise InputError(f"{node.name!r} ({node.op}) {wrong}")
             for out in node.outputs:
                 if out in known:
                     raise InputError(f"{out!r} is made twice in the graph")
                 known.add(out)
+        if odd := [name for name, spec in self.values.items() if not isinstance(getattr(torch, spec.dtype, None), torch.dtype)]:
+            raise InputError(f"value {odd[0]!r} is of no type that torch has: {self.values[odd[0]].dtype!r}")
         if missing := [name for name in self.outputs if name not in known]:
             raise InputError(f"the graph's output {missing[0]!r} is made by no node")
 
@@ -148,6 +154,6 @@ class Graph:
         """Read `to_json` back over the given constants; raises `InputError` on anything else."""
         try:
             wire = msgspec.json.decode(text, type=_Wire)
-        except (msgspec.DecodeError, RecursionError) as err:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise InputError(f"the graph's description is not readable: {err}") from err
         return cls(wire.inputs, wire.outputs, wire.nodes, constants, wire.values, opset=wire.opset)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .graph import Graph
-from .ops import OPS
+from .ops import MISFIT, OPS
 
 
 class GraphModule(nn.Module):
@@ -53,11 +53,12 @@ class GraphModule(nn.Module):
         for i, node in enumerate(graph.nodes):
             try:
                 result = OPS[node.op](*[env[name] for name in node.inputs], **node.attrs)
-            except (RuntimeError, IndexError, ValueError) as err:
+                results = result if isinstance(result, tuple) else (result,)
+                made = dict(zip(node.outputs, results, strict=True))
+            except MISFIT as err:
                 shapes = [tuple(env[n].shape) if env[n] is not None else None for n in node.inputs]
                 raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err
-            results = result if isinstance(result, tuple) else (result,)
-            for name, value in zip(node.outputs, results, strict=True):
+            for name, value in made.items():
                 env[name] = value
                 if watch:
                     watch(name, value)

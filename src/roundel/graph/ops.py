@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -17,6 +19,31 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
 }
+
+
+_COMPARE = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
+
+#: What an operation raises for operands or attributes that it cannot take.
+MISFIT = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
+
+
+def misfit(name: str, attrs: Mapping[str, Any]) -> str:
+    """Why these attributes are none of the operation ``name``; empty where they are."""
+    known, needed = _attributes(name)
+    if odd := sorted(attrs.keys() - known):
+        return f"has no attribute {odd[0]!r}"
+    if missing := sorted(needed - attrs.keys()):
+        return f"lacks the attribute {missing[0]!r}"
+    if (act := attrs.get("act")) is not None and not (isinstance(act, str) and act in ACTS):
+        return f"has an unknown activation {act!r}"
+    return ""
+
+
+@cache
+def _attributes(name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """All attributes of an operation, and those it cannot do without."""
+    found = [p for p in signature(OPS[name]).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+    return frozenset(p.name for p in found), frozenset(p.name for p in found if p.default is Parameter.empty)
 
 
 def op(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,8 +165,8 @@ def where(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @op
 def compare(a: Tensor, b: Tensor, *, how: str) -> Tensor:
-    """Elementwise eq, ne, lt, le, gt or ge."""
-    return getattr(torch, how)(a, b)
+    """Elementwise; ``how`` is eq, ne, lt, le, gt or ge."""
+    return _COMPARE[how](a, b)
 
 
 @op

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ..errors import CheckError, InputError, RoundelError
 from ..graph import Graph, Node
@@ -80,8 +81,14 @@ def check_integer(graph: Graph) -> None:
     """
     if graph.opset != "integer":
         raise CheckError("this graph holds real operations; roundel.lower makes an integer graph of a quantized model")
-    wrong = [f"{name}: a constant of {tensor.dtype}" for name, tensor in graph.constants.items() if tensor.is_floating_point()]
+    stored = (torch.uint8, torch.int32)
+    wrong = [f"{name}: a constant of {tensor.dtype}" for name, tensor in graph.constants.items() if tensor.dtype not in stored]
     reals = {name for node in graph if node.op == "dequantize" for name in node.outputs} | set(graph.inputs)
+    for name in graph.values.keys() - reals:
+        try:
+            extremes(graph.values[name].dtype)
+        except InputError as err:
+            wrong.append(f"{name}: {err}")
     for node in graph:
         if node.op != "quantize" and (read := reals.intersection(node.inputs)):
             wrong.append(f"{node.name} ({node.op}) computes with {min(read)!r}, which is real")

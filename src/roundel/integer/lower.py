@@ -123,7 +123,7 @@ class _Lowering:
         """The dequantized twin of an output."""
         if f"{name}.real" not in self.values:
             at = self.affine(name)
-            self.emit("dequantize", [name], f"{name}.real", "float32", scale=at.scale, zero=at.zero)
+            self.emit("dequantize", [name], f"{name}.real", "float32", like=name, scale=at.scale, zero=at.zero)
         return f"{name}.real"
 
     def affine(self, name: str) -> Affine:
@@ -163,15 +163,24 @@ class _Lowering:
             self.constant(name, ops.quantize(real.detach().float().numpy(), **at.door), at.dtype)
         return self.renamed.get(name, name)
 
-    def emit(self, op: str, inputs: list[str], name: str, dtype: str, constants: tuple[str, ...] = (), **attrs: Any) -> None:
-        """Add one node that makes ``name``; what it sums is proven to fit."""
+    def emit(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        dtype: str,
+        constants: tuple[str, ...] = (),
+        like: str | None = None,
+        **attrs: Any,
+    ) -> None:
+        """Add one node that makes ``name``, of the shape of the real value ``like``; what it sums is proven to fit."""
         node = Node(op, (*(self.operand(i) for i in inputs), *constants), (name,), attrs)
         if unknown := [i for i in node.inputs if i not in self.values]:
             raise PlanError(f"it reads {unknown[0]!r}, whose shape is not known")
         if (acc := accumulators(self, node)) is not None:
             node = Node(op, node.inputs, node.outputs, {**attrs, "acc": list(acc)})
         self.nodes.append(node)
-        self.values[name] = Spec(self.shape(name.removesuffix(".real").removesuffix(".codes")), dtype)
+        self.values[name] = Spec(self.shape(like or name), dtype)
 
     def refuse(self, node: Node, why: str) -> None:
         """Note why ``node`` cannot be lowered; those after it are still looked at."""
@@ -195,7 +204,7 @@ class _Lowering:
 def _input(made: _Lowering, node: Node) -> None:
     at = made.affine(node.name)
     made.values[node.name] = Spec(made.shape(node.name))
-    made.emit("quantize", [node.name], f"{node.name}.codes", at.dtype, **at.door)
+    made.emit("quantize", [node.name], f"{node.name}.codes", at.dtype, like=node.name, **at.door)
     made.renamed[node.name] = f"{node.name}.codes"
 
 

@@ -268,8 +268,8 @@ def extremes(dtype: str) -> Range:
     >>> extremes("int4"), extremes("uint8")
     ((-8, 7), (0, 255))
     """
-    if not (match := re.fullmatch(r"(u?)int(\d\d?)", dtype)):
-        raise InputError(f"{dtype} is no integer type")
+    if not (match := re.fullmatch(r"(u?)int([1-9]|[12]\d|3[0-2])", dtype)):
+        raise InputError(f"{dtype} is no integer type of up to 32 bits")
     bits = int(match[2])
     return (0, 2**bits - 1) if match[1] else (-(2**bits >> 1), (2**bits >> 1) - 1)
 

@@ -55,7 +55,7 @@ class Activation:
     params: Stored | None = None
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(code - zero as real numbers, scale that broadcasts to ``x``); where no single factor exists, (the value itself, None)."""
+        """(code - zero as real numbers, scale that broadcasts to ``x``); where there is no single factor, (the value itself, None)."""
         matrix, back = _as_matrix(x, self.format.share.word)
         params = self.params or self.measure(matrix)
         codes = self.format.encode(matrix.detach(), params)
@@ -68,12 +68,12 @@ class Activation:
         scale = params.scale
         assert scale is not None
         scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(_token_shape(x))
-        return straight(x / scale, level), scale
+        return straight(x / _divisor(scale), level), scale
 
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` on the grid, in its own units."""
         code, scale = self.codes(x)
-        return code if scale is None else code * scale
+        return (code if scale is None else code * scale).to(x.dtype)
 
     def measure(self, matrix: Tensor) -> Stored:
         """Parameters that just cover the numbers of each block of ``matrix``."""
@@ -101,9 +101,12 @@ def _as_matrix(x: Tensor, share: str) -> tuple[Tensor, Callable[[Tensor], Tensor
 class PackedWeight(nn.Module):
     """A weight that stays packed; levels and values are made when they are needed and not kept."""
 
+    #: What rows are handed out in: the type the network computes in.
+    dtype = torch.float32
+
     def __init__(self, tensor: QTensor) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.tensor, self.shape = tensor, tensor.shape
 
     def extra_repr(self) -> str:
         return f"{list(self.tensor.shape)}, {self.tensor.format}"
@@ -124,9 +127,11 @@ class PackedWeight(nn.Module):
 class FakeWeight(nn.Module):
     """The trainable twin of `PackedWeight`: a real weight, encoded anew at each use with the same parameters."""
 
+    dtype = torch.float32
+
     def __init__(self, tensor: QTensor) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.tensor, self.shape = tensor, tensor.shape
         self.weight = nn.Parameter(tensor.dequantize())
 
     def values(self) -> Tensor:
@@ -140,6 +145,24 @@ class FakeWeight(nn.Module):
 
     def levels(self) -> tuple[Tensor, Tensor | None]:
         return _levels(self.tensor, self.weight)
+
+
+class FloatWeight(nn.Module):
+    """A weight left float, under an input that is quantized all the same."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+
+    def values(self) -> Tensor:
+        return self.weight
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.weight[index]
+
+    def levels(self) -> tuple[Tensor, None]:
+        return self.weight, None
 
 
 def _levels(q: QTensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -157,11 +180,16 @@ def _levels(q: QTensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
     plain = Stored(torch.ones(1, 1), params.offset, params.table, params.parts)
     level = from_matrix(fmt.decode(codes, plain)[:, : q.matrix[1]], q.shape, q.axis)
     if live is not None:
-        level = straight(live / from_matrix(scale.expand(q.matrix), q.shape, q.axis), level)
+        level = straight(live / _divisor(from_matrix(scale.expand(q.matrix), q.shape, q.axis)), level)
     return level, scale.reshape(-1)
 
 
-Weight = PackedWeight | FakeWeight
+def _divisor(scale: Tensor) -> Tensor:
+    """The scale, or 1 where it is 0 (a pruned row), so that no gradient becomes NaN."""
+    return torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale)
+
+
+Weight = PackedWeight | FakeWeight | FloatWeight
 
 
 # -- the arithmetic ---------------------------------------------------------------------------------------------------
@@ -191,8 +219,8 @@ def reach(level: Tensor, axis: int) -> float:
 def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias: Tensor | None, site: Activation | None) -> Tensor:
     """One weighted operation, on codes where its input is quantized, on dequantized weights where it is not."""
     if op == "embedding":
-        return weight.rows(x)
-    if op != "linear" and x.ndim < len(weight.tensor.shape):  # one example without a batch axis
+        return weight.rows(x).to(weight.dtype)
+    if op != "linear" and x.ndim < len(weight.shape):  # one example without a batch axis
         return weighted(op, attrs, x[None], weight, bias, site)[0]
     act = attrs.get("act")
     attrs = {k: v for k, v in attrs.items() if k != "act"}

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..formats.qtensor import QTensor
 from ..graph import Graph
 from ..graph.module import bind_inputs
-from ..graph.ops import ACTS, OPS
-from .layer import WEIGHTED, Activation, FakeWeight, PackedWeight, exact_dtype, span, weighted
+from ..graph.ops import ACTS, MISFIT, OPS
+from .layer import WEIGHTED, Activation, FakeWeight, FloatWeight, PackedWeight, exact_dtype, span, weighted
 from .sites import find_sites
 
 #: Linear operations of one operand: sums of codes are exact, so they run on codes and are scaled after.
@@ -48,6 +49,10 @@ class QGraphModule(nn.Module):
         self.rest = nn.ParameterDict(
             {_key(name): nn.Parameter(t.detach(), requires_grad=t.is_floating_point()) for name, t in rest.items()}
         )
+        for node in graph.nodes:
+            spec = graph.values.get(node.name)
+            if node.op == "embedding" and spec is not None and _key(node.inputs[1]) in self.weights:
+                self.weights[_key(node.inputs[1])].dtype = getattr(torch, spec.dtype)
         self._root = find_sites(graph).root
 
     def forward(self, *args: Tensor, **named: Tensor) -> Any:
@@ -65,10 +70,11 @@ class QGraphModule(nn.Module):
         for i, node in enumerate(graph.nodes):
             try:
                 result = self._compute(node.op, node, env)
-            except (RuntimeError, IndexError, ValueError) as err:
+                made = dict(zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+            except MISFIT as err:
                 shapes = [tuple(env[n].shape) for n in node.inputs if env.get(n) is not None]
                 raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err
-            for name, value in zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True):
+            for name, value in made.items():
                 env[name] = value
                 self._settle(env, name)
             for name in node.inputs:
@@ -78,10 +84,12 @@ class QGraphModule(nn.Module):
         return outs[0] if len(outs) == 1 else outs
 
     def _compute(self, op: str, node: Any, env: dict[str, Any]) -> Any:
-        if op in WEIGHTED and _key(node.inputs[1]) in self.weights:
+        dynamic = self.activations.get(f"{node.name}.input")
+        if op in WEIGHTED and (dynamic or _key(node.inputs[1]) in self.weights):
+            key = _key(node.inputs[1])
+            weight = self.weights[key] if key in self.weights else FloatWeight(env[node.inputs[1]])
             x, bias = self._value(env, node.inputs[0]), env[node.inputs[2]] if len(node.inputs) > 2 else None
-            site = self.activations.get(f"{node.name}.input") or self._static(node.inputs[0])
-            return weighted(op, node.attrs, x, self.weights[_key(node.inputs[1])], bias, site)  # type: ignore[arg-type]
+            return weighted(op, node.attrs, x, weight, bias, dynamic or self._static(node.inputs[0]))  # type: ignore[arg-type]
         operands = [self._value(env, name) for name in node.inputs]
         if op in _SUMS and (site := self._static(node.inputs[0])):
             code, scale = site.codes(operands[0])

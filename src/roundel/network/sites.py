@@ -81,9 +81,7 @@ def find_sites(graph: Graph) -> Sites:
         if node.op in SHARED:
             for name in operands[1 if node.op == "where" else 0 :]:
                 if name in parent:
-                    join(node.outputs[0], name) if _position(graph, name) > _position(graph, node.outputs[0]) else join(
-                        name, node.outputs[0]
-                    )
+                    join(name, node.outputs[0])  # an operand is made before the result
             moved.update(node.outputs)
     root = {name: find(name) for name in parent}
     origin: dict[str, list[str]] = {}
@@ -91,10 +89,6 @@ def find_sites(graph: Graph) -> Sites:
         if name not in moved:
             origin.setdefault(root[name], []).append(name)
     return Sites(root, origin)
-
-
-def _position(graph: Graph, name: str) -> int:
-    return next((i for i, node in enumerate(graph.nodes) if name in node.outputs), -1)
 
 
 def edges(node: Node) -> list[str]:

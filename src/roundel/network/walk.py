@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..formats.qtensor import QTensor
 from ..plan import Slot
-from .layer import Activation, FakeWeight, PackedWeight, QLayer
+from .layer import Activation, FakeWeight, FloatWeight, PackedWeight, QLayer, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,19 +78,6 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
     return found
 
 
-def tied(found: Mapping[str, Leaf]) -> dict[str, str]:
-    """Weight name -> the earlier weight name it shares memory with."""
-    first: dict[tuple[int, int], str] = {}
-    ties = {}
-    for name, one in found.items():
-        key = (one.weight.data_ptr() if not one.weight.is_meta else id(one.weight), one.weight.numel())
-        if key in first:
-            ties[f"{name}.weight"] = first[key]
-        else:
-            first[key] = f"{name}.weight"
-    return ties
-
-
 def leaf_slots(found: Mapping[str, Leaf]) -> list[Slot]:
     """What a plan decides on the module path: every weight and every weighted layer's input."""
     out = [Slot(member(name, "weight"), name, "weight") for name in found]
@@ -104,18 +91,19 @@ def install(
     activations: Mapping[str, Activation],
     weight: Callable[[QTensor], PackedWeight | FakeWeight] = PackedWeight,
 ) -> nn.Module:
-    """Replace the weighted leaves of ``module`` that have a packed tensor, in place and wherever they are used; tied layers share
-    one packed weight. Returns the module, or what stands for it where it is itself a leaf."""
-    shared: dict[str, PackedWeight | FakeWeight] = {}
+    """Replace the weighted leaves of ``module`` that have a packed tensor or a quantized input, in place and wherever they are
+    used; tied layers share one packed weight. Returns the module, or what stands for it where it is itself a leaf."""
+    shared: dict[str, Weight] = {}
     places: dict[nn.Module, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         places.setdefault(child, []).append(path)
     for name, one in leaves(module).items():
         key = ties.get(member(name, "weight"), member(name, "weight"))
-        if key not in tensors:
+        if key not in tensors and member(name, "input") not in activations:
             continue
         if key not in shared:
-            shared[key] = weight(tensors[key])
+            shared[key] = weight(tensors[key]) if key in tensors else FloatWeight(one.weight)
+            shared[key].dtype = one.weight.dtype
         layer = QLayer(one.op, one.attrs, shared[key], one.bias, activations.get(member(name, "input")))
         if not name:
             return layer
