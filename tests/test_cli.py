@@ -391,7 +391,7 @@ def test_a_float_model_near_chance_stops(roundel, work: Path) -> None:  # type: 
 
 @pytest.mark.proves("cli.strict", "cli.exit")
 def test_strict_makes_a_fallback_an_error(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
-    """Weights of 1e-8 have no scale in fp16: widened to fp32 with a note, or status 1 under --strict. A short group is no fall-back."""
+    """Weights of 1e-8 have no scale in fp16: fp32 with a note, or status 1 under --strict. A short group is no fall-back."""
     (work / "tiny_net.py").write_text(
         "import torch\n\ndef make():\n    net = torch.nn.Linear(9, 3)\n    net.weight.data.mul_(1e-8)\n    return net\n"
     )

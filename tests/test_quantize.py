@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -814,3 +815,55 @@ def test_evaluate_measures_the_damage() -> None:
     assert fine.sqnr > coarse.sqnr + 20
     low, high = coarse.interval
     assert low <= coarse.metric - coarse.metric_float <= high
+
+
+# -- corners that a review found ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_quantized_input_counts_under_a_float_weight_too(graph: bool) -> None:
+    net, x = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), rows(5, 8)
+    q = rd.quantize(net, None, "int4:dynamic", data=[x] if graph else None)
+    step = (x.max().clamp(min=0) - x.min().clamp(max=0)) / 15
+    zero = (-8 - x.min().clamp(max=0) / step).round()
+    on_grid = (((x / step).round() + zero).clamp(-8, 7) - zero) * step
+    assert torch.allclose(q.module(x), net(on_grid), atol=1e-5)
+    assert not torch.allclose(q.module(x), net(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("activations", [None, "int8:dynamic", "int8"])
+def test_a_pruned_row_gives_the_twin_no_nan_gradient(activations: str | None) -> None:
+    net, x = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval(), rows(5, 8)
+    with torch.no_grad():
+        net[0].weight[2] = 0
+    twin = rd.fake(rd.quantize(net, "int4", activations, data=[x]))
+    twin(x).sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in twin.parameters())
+
+
+def test_a_half_precision_transformer_runs_and_comes_back(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
+    )
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(config).eval().bfloat16()
+    ids = torch.arange(8)[None]
+    q = rd.quantize(net, "int8")
+    logits = q.module(ids).logits
+    assert logits.dtype == torch.bfloat16
+    q.save(tmp_path / "half.safetensors")
+    assert torch.equal(rd.load(tmp_path / "half.safetensors").module(ids).logits, logits)
+
+
+def test_a_short_group_with_a_minimum_is_fitted_to_its_own_numbers() -> None:
+    w = rows(8, 40) * 0.1 + 5.5
+    q = rd.quantize(linear_of(w), "uint4/g32*fp16-fp16")
+    error = (q.tensors["weight"].dequantize() - w).square()
+    assert error[:, 32:].mean() < 2 * error[:, :32].mean()
+
+
+def linear_of(w: torch.Tensor) -> torch.nn.Linear:
+    net = torch.nn.Linear(w.shape[1], w.shape[0])
+    net.weight.data = w.clone()
+    return net

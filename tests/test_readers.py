@@ -267,7 +267,7 @@ def test_minilm():
 @pytest.mark.proves("read.hf")
 @pytest.mark.parametrize("which", ["stories", "minilm"])
 def test_skeleton(which):
-    from roundel.readers.huggingface import hf_config, huggingface_skeleton
+    from roundel.network.huggingface import hf_config, huggingface_skeleton
 
     if which == "stories" and not STORIES.is_dir():
         pytest.skip("no real data here")
@@ -292,7 +292,7 @@ def test_skeleton_takes_no_memory():
     """The peak of building it, above imports, stays under 10 MiB for a model of 87 MiB."""
     code = (
         "import json, re, sys, torch, transformers.models.bert.modeling_bert\n"
-        "from roundel.readers.huggingface import huggingface_skeleton\n"
+        "from roundel.network.huggingface import huggingface_skeleton\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "config = json.load(open(sys.argv[1]))\n"
         "a = peak(); module = huggingface_skeleton(config); print(peak() - a)"
@@ -442,7 +442,7 @@ def test_extra_weights_are_listed(stories):
 def test_half_precision_is_kept(stories):
     tensors, _ = read_safetensors(stories / "model.safetensors")
     write_safetensors(stories / "model.safetensors", {k: v.bfloat16() for k, v in tensors.items()})
-    from roundel.readers.huggingface import hf_config, huggingface_skeleton
+    from roundel.network.huggingface import hf_config, huggingface_skeleton
 
     model = rd.read(stories)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""The figures of the README's table on the whole scoring sets, each within the mark that was set for it; splits as in docs/data.md."""
+"""The figures of the README's table on the whole scoring sets, each within its mark; splits as in docs/data.md."""
 
 from __future__ import annotations
 

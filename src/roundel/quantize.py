@@ -65,7 +65,8 @@ def quantize(
     ``weights`` is a format text. ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one
     with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``.
     ``ranges`` is minmax, average, percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan``
-    gives rules per layer in place of both formats. ``seed`` is recorded; nothing here is drawn at random yet. Labels in ``data`` are used to check that the float model works at all.
+    gives rules per layer in place of both formats. ``seed`` is recorded; nothing here is drawn at random yet.
+    Labels in ``data`` are used to check that the float model works at all.
 
     With ``strict`` anything that is left float unasked, or done in another way, is a `CheckError`. Raises `PlanError` for a plan
     that does not fit the model, `InputError` for bad data or weights, `FormatError` for numbers that a format cannot hold.
@@ -90,7 +91,7 @@ def quantize(
         _check_weights(network, table, notes)
         if items is not None:
             _check_float(network.module, items)
-        if isinstance(network, _ModuleNetwork) and any(c and c.when == "static" for n, c in table.items() if n in network.sites):
+        if hf_config(model) is not None and any(c and c.when == "static" for n, c in table.items() if n in network.sites):
             notes.append(
                 Note(
                     "model", "only the inputs of its weighted layers are quantized, what lies between them is float", fallback=True

@@ -269,6 +269,8 @@ def _step(fmt: Format, lo: Tensor, hi: Tensor, steps: float) -> Tensor:
 def block_ranges(fmt: Format, w: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest number of each block of ``w``, in the shape of the scales."""
     blocks = _Blocks(fmt, w, None)
+    if not w.numel():
+        return torch.zeros(blocks.grid), torch.zeros(blocks.grid)
     return blocks.w.amin(1).reshape(blocks.grid), blocks.w.amax(1).reshape(blocks.grid)
 
 

@@ -55,7 +55,7 @@ class Activation:
     params: Stored | None = None
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(code - zero as real numbers, scale that broadcasts to ``x``); where there is no single factor, (the value itself, None)."""
+        """(code - zero as real numbers, scale that broadcasts to ``x``); without a single factor, (the value itself, None)."""
         matrix, back = _as_matrix(x, self.format.share.word)
         params = self.params or self.measure(matrix)
         codes = self.format.encode(matrix.detach(), params)
