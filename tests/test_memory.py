@@ -1,6 +1,7 @@
 """Memory that is really saved, and calibration that stays bounded: each figure is the resident set of a process of its own."""
 
 import importlib.util
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,3 +55,21 @@ def test_peaks_are_seen_either_way() -> None:
         before = measure._resident_set()
         assert 90e6 < peak(work) - before < 150e6
         assert measure._resident_set() - before < 50e6
+
+
+VOCABULARY = """
+import re, torch, roundel as rd
+net = torch.nn.Embedding(262_144, 4)
+for text in ("int8", "int4/g32", "uint4/g32", "nf4/g32", "cb16/channel", "cb16/g32*int8"):
+    q = rd.quantize(net, text)
+    assert q.tensors["weight"].shape == (262_144, 4) and q.module(torch.arange(5)).shape == (5, 4)
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@linux
+@pytest.mark.proves("inputs.stream")
+def test_a_vocabulary_of_262144_stays_under_a_gigabyte() -> None:
+    """The whole process, torch and all, in formats with a scale, a zero point or a table for each of the 262,144 rows."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", VOCABULARY], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) * 1024 < 1e9
