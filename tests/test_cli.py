@@ -163,6 +163,41 @@ def test_formats_explains_one(roundel) -> None:  # type: ignore[no-untyped-def]
     refused(roundel("formats", "int4/g0"), "g32")
 
 
+@pytest.mark.parametrize("text", ["int8:token", "int8/token:dynamic"])
+def test_formats_explains_those_of_activations(roundel, text: str) -> None:  # type: ignore[no-untyped-def]
+    told = json.loads(roundel("formats", text, "--json").out)
+    assert told["canonical"] == "int8/token*fp32~int8:dynamic"
+    assert "at run time" in told["when"]
+    assert "one scale (fp32) per token" in told["stored_beside_the_codes"]
+    assert "bits_per_weight" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("int4g32", "int4/g32"), ("itn4", "int4"), ("fp8e4m3", "fp8_e4m3fn"), ("INT8", "int8"), ("int4-g32", "int4/g32"),
+        ("int4/32", "int4/g32"), ("nf4/32", "nf4/g32"), ("int4/g3 2", "int4/g32"), ("Q4K", "q4_k"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_format_is_answered_with_the_nearest(roundel, text: str, meant: str) -> None:  # type: ignore[no-untyped-def]
+    rd.Format.parse(meant)
+    refused(roundel("formats", text), f"; did you mean '{meant}'?\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("int8:dynamik", "int8:dynamic"), ("static", "int8:static"), ("int8/dynamic", "int8:dynamic")]
+)
+def test_so_is_one_of_activations(roundel, text: str, meant: str) -> None:  # type: ignore[no-untyped-def]
+    refused(roundel("quantize", "cli_nets:make", "--activations", text, "-o", "o.safetensors"), f"; did you mean '{meant}'?\n")
+
+
+@pytest.mark.parametrize("text", ["int17", "log9", "int4/g0", "something"])
+def test_what_is_no_slip_of_the_pen_is_not_guessed_at(text: str) -> None:
+    with pytest.raises(rd.FormatError) as caught:
+        rd.Format.parse(text)
+    assert "did you mean" not in str(caught.value)
+
+
 # -- usage ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +216,13 @@ def test_formats_explains_one(roundel) -> None:  # type: ignore[no-untyped-def]
         ("quantize cli_nets:nothing -o out.safetensors", "nothing"),
         ("quantize no_such_module:make -o out.safetensors", "no_such_module"),
         ("quantize cli_nets:make -o nowhere/out.safetensors", "nowhere"),
+        ("quantize cli_nets -o out.safetensors", "cli_nets:factory"),
+        ("quantize cli_nets --state score.npz -o out.safetensors", "cli_nets:factory"),
+        ("quantize cli_nets:make --metric acc --data calibrate.npz -o out.safetensors", "'top1', 'perplexity'"),
+        ("quantize cli_nets:make --metric top1 -o out.safetensors", "give --data"),
+        ("quantize cli_nets:make --metric perplexity --data calibrate.npz -o out.safetensors", "use top1, cosine or mse"),
+        ("quantize cli_nets:make --weights int8 --plan p.toml -o out.safetensors", "--plan says"),
+        ("quantize cli_nets:make --activations int8 -o out.safetensors", "--data"),
         ("quantize cli_nets:make --seed x -o out.safetensors", "seed"),
         ("evaluate none.safetensors --against cli_nets:make --data score.npz", "none.safetensors"),
         ("inspect none.safetensors", "none.safetensors"),
@@ -212,6 +254,26 @@ def test_output_is_tried_before_any_work(roundel, work: Path, tmp_path: Path, mo
         patch.setattr(os, "open", full)
         ran = roundel("quantize", "cli_nets:make", "-o", tmp_path / "o")
     refused(ran, "Read-only file system")
+
+
+def test_the_metrics_are_those_of_evaluate() -> None:
+    from roundel.evaluate.scores import METRICS
+
+    assert cli.METRICS == METRICS
+
+
+def test_a_shell_finds_the_command_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By name where it is on the path, else by where it lies, as in a `.venv` that nobody activated."""
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "roundel").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tools / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert cli._command() == ".venv/bin/roundel"
+    monkeypatch.chdir(tools)
+    monkeypatch.setenv("PATH", str(tools))
+    assert cli._command() == "roundel"
 
 
 def test_errors_name_hostile_paths_inertly(roundel) -> None:  # type: ignore[no-untyped-def]
@@ -425,6 +487,41 @@ def test_preprocessing_is_stored_and_used_again(roundel, work: Path) -> None:  #
     assert told["kl"] == pytest.approx((p.exp() * (p - r)).sum(1).mean().item(), rel=1e-3)
 
 
+def test_weights_that_no_file_gave_are_mentioned(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    torch.save(rd.read("cli_nets:make").state_dict(), work / "state.pt")
+    out, said = work / "state.safetensors", "the weights are whatever cli_nets:make makes"
+    assert said in roundel("quantize", "cli_nets:make", "-o", out).err
+    assert said not in roundel("quantize", "cli_nets:make", "--state", "state.pt", "-o", out).err
+    assert said in roundel("evaluate", out, "--against", "cli_nets:make", "--data", "score.npz", "--json").err
+
+
+def test_labels_alone_make_quantize_say_the_score(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    x = np.load(work / "calibrate.npz")["x"]
+    np.savez(work / "unlabelled.npz", x=x)
+    args = ("quantize", "cli_nets:make", "-o", work / "score.safetensors", "--data")
+    assert "top1 on the calibration data" in roundel(*args, "calibrate.npz").out.splitlines()[-1]
+    assert "calibration data" not in roundel(*args, "unlabelled.npz").out
+
+
+def test_an_option_without_effect_is_said(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    args = ("quantize", "cli_nets:make", "--data", "calibrate.npz", "-o", work / "ranges.safetensors", "--ranges", "minmax")
+    assert "note: ranges: --ranges minmax had no effect" in roundel(*args).err
+    assert "no effect" not in roundel(*args, "--activations", "int8").err
+    assert "no effect" not in roundel(*args[:-2]).err
+
+
+def test_inputs_of_another_scale_are_noticed(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    x, out = np.load(work / "score.npz")["x"], work / "scale.safetensors"
+    np.savez(work / "bytes.npz", x=x * 64 + 128)
+    np.savez(work / "named.npz", images=x)
+    args = ("evaluate", out, "--against", "cli_nets:make", "--data")
+    assert roundel("quantize", "cli_nets:make", "--activations", "int8", "--data", "calibrate.npz", "-o", out).status == 0
+    assert "outside the calibrated range" in roundel(*args, "bytes.npz").err
+    assert "calibrated" not in roundel(*args, "score.npz").err
+    ran = roundel("quantize", "cli_nets:make", "--data", "named.npz", "-o", work / "named.safetensors")
+    refused(ran, "names its inputs 'images': call them x and y")
+
+
 @pytest.mark.proves("inputs.empty-calibration")
 def test_empty_data_is_refused_before_the_model_is_read(roundel, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("roundel.readers.read", lambda *a, **k: pytest.fail("the model was read"))
@@ -485,7 +582,7 @@ def test_a_missed_check_is_status_1(roundel, artifact: Path) -> None:  # type: i
     args = ("evaluate", artifact, "--against", "cli_nets:make", "--data", "score.npz")
     ran = roundel(*args, "--max-kl", 1e-12)
     assert ran.status == 1
-    assert re.fullmatch(r"roundel: the KL divergence is [^\n]+ above the limit [^\n]+\n", ran.err)
+    assert re.fullmatch(r"roundel: the KL divergence is [^\n]+ above the limit [^\n]+", ran.err.splitlines()[-1])
 
 
 @pytest.mark.proves("cli.inspect")

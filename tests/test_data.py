@@ -583,3 +583,24 @@ def test_a_real_image_equals_pillow():
         pixels = np.array(Image.open(io.BytesIO(archive.read("cat/0007.jpg"))))
     data = load_data(path, part="class=3", limit=10)
     assert torch.equal(first(data).args[0][7], torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize("text", ["mean = 0.5\nstd = 0.25", "mean = [0.5]\nstd = [0.25]", '{"mean": 0.5, "std": 0.25}'])
+def test_one_number_needs_no_list(tmp_path, text):
+    (tmp_path / "p.toml").write_text(text)
+    steps = read_preprocess(tmp_path / "p.toml")
+    assert torch.equal(steps.apply(X), (X - 0.5) / 0.25)
+    assert Preprocess.from_dict(steps.to_dict()) == steps
+    assert torch.equal(Preprocess(mean=0.5, std=0.25).apply(X), (X - 0.5) / 0.25)
+    (tmp_path / "p.toml").write_text("std = 0")
+    with pytest.raises(InputError, match="std"):
+        read_preprocess(tmp_path / "p.toml")
+
+
+def test_the_message_about_a_path_names_a_public_function():
+    import roundel as rd
+
+    with pytest.raises(InputError, match=r"roundel\.load_data\(path\)"):
+        batches("cal.npz")
+    assert rd.load_data is load_data
+    assert rd.Preprocess is Preprocess

@@ -119,11 +119,10 @@ def test_what_it_saves_loads_and_is_smaller(screen: Screen) -> None:
 
 @pytest.mark.proves("cli.demo")
 def test_the_next_command_runs_as_printed(screen: Screen, capsys: pytest.CaptureFixture[str]) -> None:
-    command = shlex.split(screen.out[screen.out.index("  roundel quantize") :].replace("\\\n", " "))
-    assert command[0] == "roundel"
+    command = shlex.split(screen.out[screen.out.index("quantize roundel.demo:") :].replace("\\\n", " "))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        cli.main(command[1:])
+        cli.main(command)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "bits per parameter" in capsys.readouterr().out

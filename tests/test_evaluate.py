@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import roundel as rd
 from roundel.errors import InputError, PlanError
-from roundel.evaluate import Evaluation, Latency, diff, evaluate, near_chance, predictions
+from roundel.evaluate import Evaluation, Latency, check_metric, diff, evaluate, near_chance, predictions
 from roundel.evaluate.scores import FLOOR, _bootstrap, _paired, _ratio
 from roundel.graph import Graph, GraphModule, Node
 from roundel.network.watch import watching
@@ -597,3 +598,56 @@ def test_diff_of_plans_shows_what_was_put_in(small: Small) -> None:
     rules = Rule("*", weight="int8"), Rule("fc", weight="float"), Rule("conv", weight="int8")
     a, b = (rd.quantize(small, data=[x], plan=Plan(chosen)) for chosen in ((rules[0], rules[2]), rules))
     assert [(d.name, d.a, d.b) for d in diff(a, b) if d.kind == "rule"] == [("fc", None, "weight=float")]
+
+
+# -- what looks wrong before any quantization -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x, None),
+        (lambda x: x * 0.9, None),
+        (lambda x: x * 96 + 77, "outside the calibrated range"),
+        (lambda x: x / 255, "% of the calibrated range"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["int8", "int2"])
+def test_inputs_unlike_the_calibration_data(change: Callable[[Tensor], Tensor], said: str | None, weights: str) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    net = nn.Sequential(nn.Linear(8, 4))
+    q = rd.quantize(net, "int8", weights, data=[x])
+    notes = [note for note in evaluate(q, against=net, data=[change(x)], latency=False).notes if "calibrated" in note]
+    assert len(notes) == (said is not None)
+    assert all(note.startswith("input 'input' goes from ") and str(said) in note for note in notes)
+    weight_only = rd.quantize(net, "int8", data=[x])
+    assert not any("calibrated" in note for note in evaluate(weight_only, against=net, data=[change(x)], latency=False).notes)
+
+
+@pytest.mark.parametrize(("right", "said"), [(0.1, True), (0.2, True), (0.5, False), (1.0, False)])
+def test_a_float_model_that_knows_little_is_noted(right: float, said: bool) -> None:
+    target = torch.arange(200) % 10
+    shown = torch.where(torch.arange(200) < 200 * right, target, (target + 1) % 10)
+    got = compare(torch.eye(10)[shown], torch.eye(10)[shown], target, metric="top1")
+    assert any(f"only {right:.2%} right (10 classes)" in note for note in got.notes) == said
+
+
+def test_what_fits_a_language_model_is_named() -> None:
+    table = torch.randn(3, 5, 7)
+    ids = torch.randint(7, (3, 5))
+
+    class Tokens(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return table[: len(ids)]
+
+    with pytest.raises(PlanError, match="use perplexity, cosine or mse"):
+        check_metric("top1", Tokens(), [ids])
+    assert check_metric(None, Tokens(), [ids]) == "perplexity"
+    with pytest.raises(PlanError, match="there is no metric 'acc'"):
+        check_metric("acc", Tokens(), [ids])
+
+
+def test_a_model_that_cannot_take_the_data_says_so() -> None:
+    net = nn.Linear(8, 4)
+    with pytest.raises(InputError, match=r"cannot run on a batch of float32 \[2, 3\]"):
+        evaluate(net, against=net, data=[torch.zeros(2, 3)], latency=False)

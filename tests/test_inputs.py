@@ -134,7 +134,7 @@ def test_a_huge_outlier_is_named_with_the_codes_it_costs(data: list[Tensor] | No
 @pytest.mark.parametrize("text", ["int8", "int4/g32", "int2", "cb16/channel", "ternary"])
 def test_ordinary_weights_have_no_outlier(text: str) -> None:
     q = rd.quantize(nn.Sequential(nn.Linear(64, 64)), text, data=[torch.randn(2, 64)])
-    assert q.notes == ()
+    assert [note.text for note in q.notes] == ["bias correction not tried: 2 examples are too few to judge by (32 would do)"]
 
 
 @pytest.mark.parametrize("text", ["int8", "int4/g4", "uint4~uint4", "nf4", "fp4", "cb16/channel", "int2", "binary", "mxfp4"])
@@ -207,7 +207,7 @@ def test_empty_tensors_pass_and_are_listed(data: list[Tensor] | None, activation
 def test_short_groups_are_listed_once_with_their_number(data: list[Tensor] | None) -> None:
     model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 40), nn.Linear(40, 3))
     q = rd.quantize(model, "int4/g32", data=data)
-    assert said(q, "groups") == ["groups of 32 do not divide the rows of 2 tensors, whose last group is short: 0.weight, 2.weight"]
+    assert said(q, "groups") == ["groups of 32 do not divide the rows of 0.weight, 2.weight: the last group of each row is short"]
     shapes = {name: tuple(t.scale.shape) for name, t in q.tensors.items() if t.scale is not None}
     assert shapes == {"0.weight": (64, 1), "1.weight": (40, 2), "2.weight": (3, 2)}
     assert q.tensors["2.weight"].nbytes == 3 * (20 + 2 * 2)
@@ -581,15 +581,16 @@ NETS = f"""
         return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
 
     def endless():
-        import roundel.solvers
-        solve = roundel.solvers.SOLVERS["rtn"]
+        import importlib
+        room = importlib.import_module("roundel.quantize")
+        solve = room.rtn
 
         def again(*args, **named):
             print("solving", flush=True)
             while True:
                 solve(*args, **named)
 
-        roundel.solvers.SOLVERS["rtn"] = again
+        room.rtn = again
         return plain()
 """
 
@@ -691,7 +692,7 @@ def test_a_signal_in_the_middle_of_a_layer(sent: signal.Signals, status: int, tm
         child.send_signal(sent)
         out, err = child.communicate(timeout=20)
     assert (child.returncode, out) == (status, "")
-    assert re.fullmatch(r"\n?roundel: (interrupted|terminated)\n", err)
+    assert re.fullmatch(r"(note: .*\n)?\n?roundel: (interrupted|terminated)\n", err)
     assert (tmp_path / "o.safetensors").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["o.safetensors", "odd_nets.py"]
 
@@ -705,3 +706,18 @@ def test_odd_paths_save_load_and_measure(name: bytes, tmp_path: Path) -> None:
     loaded = rd.load(os.fsencode(path))
     assert torch.equal(loaded.module(X), q.module(X))
     assert rd.evaluate(rd.load(path), against=q, data=[X], latency=False).disk == path.stat().st_size
+
+
+def test_notes_say_what_a_file_needs_to_be_loaded() -> None:
+    (without,) = said(rd.quantize(net(), "int8"), "model")
+    assert "data=, --data" in without
+    assert "load(path, into=module)" in without
+    with pytest.raises(rd.PlanError, match=r"data=, --data"):
+        rd.quantize(net(), "int8", "int8")
+
+
+def test_text_without_a_tokenizer_says_what_to_give_instead(tmp_path: Path) -> None:
+    from roundel.readers.huggingface import read_tokenizer
+
+    with pytest.raises(rd.InputError, match=r"has no tokenizer\.json.*token ids"):
+        read_tokenizer(tmp_path)

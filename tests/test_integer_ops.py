@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from roundel import CheckError, InputError
 from roundel.graph import OPS, Spec
 from roundel.graph.graph import INTEGER_OPS
-from roundel.integer.ops import INTEGER, conv_sums, extremes, linear_sums, numbers, padded
-from roundel.integer.simulate import FAST, _conv_sums, _linear_sums
+from roundel.integer.lower.rules import _neighbours
+from roundel.integer.ops import INTEGER, conv_sums, extremes, levels, linear_sums, numbers, padded, product_sums
+from roundel.integer.simulate import FAST, _conv_sums, _linear_sums, _product_sums
 
 Ints = NDArray[np.int64]
 
@@ -78,7 +81,9 @@ def test_fast_sums_equal_the_definition(peak: int) -> None:
     place: Any = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
     assert np.array_equal(_conv_sums(x, w, *place), conv_sums(x, w, *place))
     assert np.array_equal(_linear_sums(x[..., 0], w[0, :6, :, 0].repeat(2, 1)), linear_sums(x[..., 0], w[0, :6, :, 0].repeat(2, 1)))
-    assert set(FAST) == {"conv", "linear"}
+    a, b = x[:, :4, 0], x[:, :5, 0].swapaxes(-1, -2)
+    assert np.array_equal(_product_sums(a, b), product_sums(a, b))
+    assert set(FAST) == {"conv", "conv_transpose", "linear", "matmul", "attention"}
 
 
 @pytest.mark.proves("integer.simulate")
@@ -143,6 +148,97 @@ def test_sum() -> None:
     assert INTEGER["sum"](x, axes=[-1], keepdim=False, x_zero=7, **SAME).shape == (2, 3, 4)
 
 
+def naive_transpose(x: Ints, w: Ints, stride: Any, padding: Any, more: Any, dilation: Any, groups: int) -> Ints:
+    """Every product put where it belongs; w (out, in/groups, kh, kw)."""
+    n, channels, *places = x.shape
+    out_channels, per, *kernel = w.shape
+    size = [
+        (p - 1) * s - 2 * pad + d * (k - 1) + m + 1 for p, s, pad, d, k, m in zip(places, stride, padding, dilation, kernel, more)
+    ]
+    out = np.zeros((n, out_channels, *size), np.int64)
+    for at in itertools.product(range(n), range(out_channels), range(per), *map(range, (*places, *kernel))):
+        to = [p * s + t * d - pad for p, s, t, d, pad in zip(at[3:5], stride, at[5:], dilation, padding)]
+        if all(0 <= t < whole for t, whole in zip(to, size)):
+            channel = at[1] // (out_channels // groups) * per + at[2]
+            out[at[0], at[1], to[0], to[1]] += x[at[0], channel, at[3], at[4]] * w[at[1], at[2], at[5], at[6]]
+    assert channels == per * groups
+    return out
+
+
+@pytest.mark.proves("integer.ops")
+@settings(max_examples=30)
+@given(st.data(), st.integers(0, 10**9))
+def test_transposed_convolution(data: st.DataObject, seed: int) -> None:
+    """Any stride, padding, dilation and groups, against naive loops."""
+
+    def two(low: int, high: int) -> list[int]:
+        return data.draw(st.lists(st.integers(low, high), min_size=2, max_size=2))
+
+    groups, stride, dilation, kernel = data.draw(st.integers(1, 2)), two(1, 3), two(1, 2), two(1, 3)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
+    padding = [data.draw(st.integers(0, r // 2 + 1)) for r in reach]
+    more = [data.draw(st.integers(0, s - 1)) for s in stride]
+    x, w = draw(2, 2 * groups, *two(3, 5), seed=seed), draw(3 * groups, 2, *kernel, seed=seed + 1)
+    channels = np.zeros(3 * groups, np.int64)
+    rest = {key: value for key, value in SAME.items() if key not in ("multiplier", "shift")}
+    got = INTEGER["conv_transpose"](
+        x + 5, w, channels, channels + (1 << 30), channels + 1, stride=stride, padding=padding, output_padding=more,
+        dilation=dilation, groups=groups, x_zero=5, **rest)  # fmt: skip
+    assert np.array_equal(got, naive_transpose(x, w, stride, padding, more, dilation, groups))
+
+
+@pytest.mark.proves("integer.ops")
+@pytest.mark.parametrize("transpose", [False, True])
+def test_product_of_two_values(transpose: bool) -> None:
+    """Each result by itself, both zero points taken out; leading axes broadcast."""
+    a, b = draw(2, 3, 4, 5), draw(3, 5, 6, seed=1)
+    got = INTEGER["matmul"](a, b.swapaxes(-1, -2) if transpose else b, transpose_b=transpose, a_zero=-7, b_zero=9, **SAME)
+    want = np.zeros((2, 3, 4, 6), np.int64)
+    for n, h, i, j in np.ndindex(want.shape):
+        want[n, h, i, j] = sum((int(a[n, h, i, k]) + 7) * (int(b[h, k, j]) - 9) for k in range(5))
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.proves("integer.ops")
+def test_difference_product_and_signed_factors() -> None:
+    a, b = draw(2, 3, 9), draw(3, 1, seed=1)
+    assert np.array_equal(INTEGER["mul"](a, b, a_zero=3, b_zero=-4, **SAME), (a - 3) * (b + 4))
+    same = {**SAME, "multiplier": [1 << 30] * 3, "shift": [1, 1, -19]}
+    assert np.array_equal(INTEGER["sub"](a, b, a_zero=3, b_zero=-4, left=20, **same), (a - 3) - (b + 4))
+    factors = np.array([[1 << 30] * 3, [1 << 30, -(1 << 30), 0]]), np.array([[1] * 3, [2, 1, 0]])
+    rest = {key: value for key, value in SAME.items() if key not in ("multiplier", "shift")}
+    x = a - 3
+    want = np.where(x >= 0, x, x * np.array([2, -1, 0])[:, None])
+    assert np.array_equal(INTEGER["prelu"](a, *factors, x_zero=3, **rest), want)
+
+
+@pytest.mark.proves("integer.ops")
+def test_rows_of_an_embedding() -> None:
+    w, ids, table = draw(9, 4, low=0, high=3), draw(2, 5, low=0, high=8), draw(9, 4, seed=2)
+    rest = {key: value for key, value in SAME.items() if key not in ("multiplier", "shift")}
+    shift = np.arange(9) % 3
+    for codes, looked in ((None, w), (table[:1], table[0][w]), (table, np.take_along_axis(table, w, 1))):
+        assert np.array_equal(levels(w, codes), looked)
+        one = INTEGER["embedding"](ids, w, np.array([1 << 30]), np.array([2]), *([] if codes is None else [codes]), **rest)
+        assert np.array_equal(one, 2 * looked[ids])
+        each = INTEGER["embedding"](ids, w, np.full(9, 1 << 30), shift + 1, *([] if codes is None else [codes]), **rest)
+        assert np.array_equal(each, (looked << shift[:, None])[ids])
+
+
+@pytest.mark.proves("integer.ops")
+@pytest.mark.parametrize("old", [(1, 1), (5, 7), (4, 3)])
+@pytest.mark.parametrize("new", [(1, 1), (9, 5), (12, 3)])
+@pytest.mark.parametrize(("mode", "corners"), [("nearest", False), ("bilinear", False), ("bilinear", True)])
+def test_resize(old: tuple[int, int], new: tuple[int, int], mode: str, corners: bool) -> None:
+    """Nearest is exact; neighbours are weighted in units of 2^-10, each axis, so a result is within 255 * 2^-10 of torch's."""
+    x, bits = draw(2, 3, *old), 0 if mode == "nearest" else 10
+    picks = [_neighbours(m, n, bits, corners) for m, n in zip(old, new, strict=True)]
+    got = INTEGER["resize"](x, *picks, bits=bits, x_zero=-9, **SAME)
+    more = {"align_corners": corners} if mode == "bilinear" else {}
+    want = F.interpolate(torch.from_numpy(x + 9).double(), new, mode=mode, **more).numpy()
+    assert np.abs(got / 4.0**bits - want).max() <= (255 * 2.0**-bits if bits else 0)
+
+
 MOVES: list[tuple[str, dict[str, Any]]] = [
     ("reshape", {"shape": [0, -1, 4]}),
     ("transpose", {"perm": [0, 3, 1, 2]}),
@@ -150,6 +246,11 @@ MOVES: list[tuple[str, dict[str, Any]]] = [
     ("slice", {"axis": -1, "start": -3, "stop": -1}),
     ("pad", {"padding": [1, 2, 0, 0, 3, 0]}),
     ("pad", {"padding": [-1, 2, 0, -2]}),
+    ("slice", {"axis": 3, "start": -1, "stop": None, "step": -1}),
+    ("expand", {"shape": [5, 2, -1, -1, 4]}),
+    ("amax", {"axes": [1, -1], "keepdim": False}),
+    ("amax", {"axes": [2], "keepdim": True}),
+    ("argmax", {"axis": 1, "keepdim": True}),
 ]
 
 
@@ -159,6 +260,14 @@ def test_moves_equal_the_real_ones(name: str, attrs: dict[str, Any]) -> None:
     x = draw(2, 3, 4, 4)
     want = OPS[name](torch.from_numpy(x), **attrs, **({"value": 9} if name == "pad" else {}))
     assert np.array_equal(INTEGER[name](x, **attrs, **({"code": 9} if name == "pad" else {})), want.numpy())
+
+
+def test_moves_of_two_operands() -> None:
+    x, index = draw(2, 8, 4, 3), draw(3, 2, low=0, high=2)
+    assert np.array_equal(INTEGER["gather"](x, index, axis=-1), x[..., index])
+    assert np.array_equal(INTEGER["depth_to_space"](x, block=2), F.pixel_shuffle(torch.from_numpy(x), 2).numpy())
+    assert np.array_equal(INTEGER["expand_batch"](x[:1], draw(5, 1)), np.repeat(x[:1], 5, 0))
+    assert np.array_equal(INTEGER["table"](np.array([[-3, 2]]), np.arange(100, 108), first=-4), [[101, 106]])
 
 
 def test_concat() -> None:

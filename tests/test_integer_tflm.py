@@ -28,13 +28,14 @@ OPS, ACTS = S.BuiltinOperator, S.ActivationFunctionType
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """An int8 or int32 tensor of the file; ``data`` is None for inputs and outputs, ``axis`` is that of several scales."""
+    """A tensor of the file; ``data`` is None for inputs and outputs, of ``dtype``; ``axis`` is that of several scales."""
 
     shape: Sequence[int]
     scale: Sequence[float]
     zero: int = 0
     data: NDArray[Any] | None = None
     axis: int = 0
+    dtype: str = "int8"
 
 
 def file_of(code: int, version: int, options: Any, inputs: Sequence[Value], output: Value) -> bytes:
@@ -43,7 +44,7 @@ def file_of(code: int, version: int, options: Any, inputs: Sequence[Value], outp
     for i, value in enumerate([*inputs, output]):
         tensor, tensor.quantization = S.TensorT(), S.QuantizationParametersT()
         tensor.name, tensor.shape, tensor.buffer = f"t{i}", list(value.shape), 0
-        tensor.type = S.TensorType.INT32 if value.data is not None and value.data.dtype == np.int32 else S.TensorType.INT8
+        tensor.type = getattr(S.TensorType, (value.dtype if value.data is None else str(value.data.dtype)).upper())
         tensor.quantization.scale = list(value.scale)
         tensor.quantization.zeroPoint, tensor.quantization.quantizedDimension = [value.zero] * len(value.scale), value.axis
         if value.data is not None:
@@ -63,10 +64,10 @@ def file_of(code: int, version: int, options: Any, inputs: Sequence[Value], outp
     return bytes(builder.Output())
 
 
-def tflite_micro(file: bytes, *inputs: Ints) -> Ints:
+def tflite_micro(file: bytes, *inputs: Ints, dtype: str = "int8") -> Ints:
     interpreter = runtime.Interpreter.from_bytes(file, arena_size=1 << 20)
     for i, x in enumerate(inputs):
-        interpreter.set_input(x.astype(np.int8), i)
+        interpreter.set_input(x.astype(dtype), i)
     interpreter.invoke()
     return interpreter.get_output(0).astype(np.int64)
 
@@ -85,8 +86,8 @@ def options(kind: Any, **fields: Any) -> Any:
 class Lowered:
     """A module of one operation, quantized on ``data`` and lowered in R1: its node and what each value's codes stand for."""
 
-    def __init__(self, module: nn.Module, *data: Tensor, weights: str = "int8", **sites: str) -> None:
-        q: QModel = rd.quantize(module, weights if list(module.parameters()) else None, "int8", data=[Batch(data, {}, None)])
+    def __init__(self, module: nn.Module, *data: Tensor, weights: str = "int8", activations: str = "int8", **sites: str) -> None:
+        q: QModel = rd.quantize(module, weights if list(module.parameters()) else None, activations, data=[Batch(data, {}, None)])
         if sites:  # the second site takes the first one's parameters
             q = replace(q, activations={name: q.activations[sites.get(name, name)] for name in q.activations})
         self.q, self.graph = q, rd.lower(q, "R1")
@@ -95,7 +96,8 @@ class Lowered:
     def value(self, name: str, shape: Sequence[int]) -> Value:
         params = self.q.activations[name.removesuffix(".codes")].params
         assert params is not None
-        return Value(shape, [float(params.scale)], int(params.offset))
+        zero = 0 if params.offset is None else int(params.offset)
+        return Value(shape, [float(params.scale)], zero, dtype=self.graph.values[name].dtype)
 
     def run(self, *codes: Ints) -> Ints:
         constants = [numbers(self.graph, name) for name in self.node.inputs[len(codes) :]]
@@ -148,6 +150,26 @@ def test_convolution(seed: int, act: nn.Module | None) -> None:
 
 @pytest.mark.proves("integer.tflm")
 @pytest.mark.parametrize("seed", range(3))
+def test_convolution_of_sixteen_bits(seed: int) -> None:
+    """int16x8: sums and bias of 64 bits, multipliers of 15."""
+    torch.manual_seed(seed)
+    one = Lowered(nn.Conv2d(5, 12, (3, 2), stride=(2, 1)), 4 * torch.randn(8, 5, 9, 8), activations="int16s")
+    w, scales, bias = one.weight()
+    x = np.random.default_rng(seed).integers(-32767, 32768, (6, 5, 9, 8))
+    ours = nhwc(one.run(x))
+    choice = options(S.Conv2DOptionsT, padding=S.Padding.VALID, strideH=2, strideW=1, dilationHFactor=1, dilationWFactor=1)
+    source = one.value(one.node.inputs[0], nhwc(x).shape)
+    file = file_of(OPS.CONV_2D, 4, choice, [
+        source, Value(nhwc(w).shape, scales, data=nhwc(w).astype(np.int8)),
+        Value(bias.shape, [source.scale[0] * s for s in scales], data=bias),
+    ], one.value(one.node.name, ours.shape))  # fmt: skip
+    assert one.node.attrs["wide"]
+    theirs = tflite_micro(file, nhwc(x), dtype="int16")
+    assert_equal(ours, np.maximum(theirs, -32767))  # a symmetric grid has no -32768
+
+
+@pytest.mark.proves("integer.tflm")
+@pytest.mark.parametrize("seed", range(3))
 def test_depthwise_convolution(seed: int) -> None:
     torch.manual_seed(seed)
     one = Lowered(nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(8, 8, 7, 7) + 1)
@@ -194,6 +216,47 @@ def test_addition(seed: int) -> None:
     values = [one.value(name, a.shape) for name in one.node.inputs]
     file = file_of(OPS.ADD, 2, options(S.AddOptionsT, fusedActivationFunction=ACTS.RELU), values, one.value(one.node.name, a.shape))
     assert_equal(one.run(a, b), tflite_micro(file, a, b))
+
+
+class Function(nn.Module):
+    def __init__(self, fn: Any) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        made: Tensor = self.fn(*xs)
+        return made
+
+
+SIMPLE = {
+    "sub": (lambda a, b: torch.relu(a - b), OPS.SUB, 2, {"kind": S.SubOptionsT, "fusedActivationFunction": ACTS.RELU}),
+    "mul": (lambda a, b: a * b, OPS.MUL, 2, {"kind": S.MulOptionsT, "fusedActivationFunction": ACTS.NONE}),
+    "sigmoid": (torch.sigmoid, OPS.LOGISTIC, 2, {"kind": S.LogSoftmaxOptionsT}),
+    "tanh": (torch.tanh, OPS.TANH, 2, {"kind": S.LogSoftmaxOptionsT}),
+    "hardswish": (nn.functional.hardswish, OPS.HARD_SWISH, 1, {"kind": S.HardSwishOptionsT}),
+}
+
+
+@pytest.mark.proves("integer.tflm")
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("name", SIMPLE)
+def test_pointwise(name: str, spread: float) -> None:
+    """SUB and MUL are equal. Tables hold the nearest code; TFLite Micro works LOGISTIC, TANH and HARD_SWISH out in 16 bits, and
+    HARD_SWISH is a unit off at 1 of the 256 codes here."""
+    torch.manual_seed(0)
+    fn, code, version, choice = SIMPLE[name]
+    reals = (3 * spread * torch.randn(64, 32), spread * torch.randn(64, 32) + 1)[: 2 if name in ("sub", "mul") else 1]
+    one = Lowered(Function(fn), *reals)
+    codes = [draw(256, 32, seed=i) for i in range(len(reals))]
+    assert one.node.op == (name if name in ("sub", "mul") else "table")
+    values = [one.value(operand, (256, 32)) for operand in one.node.inputs[: len(reals)]]
+    file = file_of(code, version, options(**choice), values, one.value(one.node.name, (256, 32)))
+    ours, theirs = one.run(*codes), tflite_micro(file, *codes)
+    if name == "hardswish":
+        assert np.abs(ours - theirs).max() <= 1
+        assert len(np.unique(codes[0][ours != theirs])) <= 1
+    else:
+        assert_equal(ours, theirs)
 
 
 @pytest.mark.proves("integer.tflm")

@@ -710,7 +710,7 @@ def test_quantize_nodes_around_activations_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ai_edge_litert", None)
-    with pytest.raises(InputError, match=r"pip install roundel\[tflite\]"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[tflite\]'"):
         read_tflite(tmp_path / "any.tflite")
 
 

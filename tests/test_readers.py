@@ -472,7 +472,7 @@ def test_tokenizer(tmp_path):
     text = "The tower is 324 metres tall. " * 60
     theirs = transformers.AutoTokenizer.from_pretrained(minilm(), local_files_only=True)
     assert read_tokenizer(minilm())(text) == theirs(text, verbose=False)["input_ids"]
-    with pytest.raises(InputError, match=r"tokenizer.json' does not exist"):
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is no tokenizer"):

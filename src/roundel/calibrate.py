@@ -100,4 +100,7 @@ def run(module: nn.Module, batch: Batch) -> object:
     except (RuntimeError, TypeError, ValueError, IndexError) as err:
         inputs = [*batch.args, *batch.named.values()]
         shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
-        raise InputError(f"the model cannot run on a batch of {shapes}: {str(err).splitlines()[0]}") from err
+        why = str(err).splitlines()[0]
+        if batch.named and isinstance(err, TypeError):
+            why += f"; the data names its inputs {', '.join(map(repr, batch.named))}: call them x and y, or as the model does"
+        raise InputError(f"the model cannot run on a batch of {shapes}: {why}") from err

@@ -55,6 +55,16 @@ class Batch:
         first = next(iter((*self.args, *self.named.values())))
         return first.shape[0] if first.ndim else 1
 
+    def take(self, index: Tensor) -> Batch:
+        """Some of the examples; an input without a batch axis stays whole."""
+        n = len(self)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[index] if x.ndim and x.shape[0] == n else x
+
+        target = None if self.target is None else cut(self.target)
+        return Batch(tuple(map(cut, self.args)), {name: cut(x) for name, x in self.named.items()}, target)
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -88,17 +98,20 @@ class Data:
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What is done to raw inputs before the model sees them; stored with the quantized model so that it is never guessed.
 
-    Numbers of every floating or byte input become ``dtype``, times ``scale``, minus ``mean``, over ``std``. Images first
-    become ``channels`` planes, are scaled to ``size``, cut to the middle ``crop``, both (height, width), and, unless
-    ``scale`` is given, divided by 255. ``mean`` and ``std`` have one number or one per channel, channels lying where
-    ``layout`` says. ``shape`` reshapes each example at last ((-1,) flattens). Token ids, which are wider integers, are only
-    cut: documents to ``max_tokens``, text into pieces of ``max_tokens`` (256 if not given) or, with ``lines``, into lines of
-    ``words`` = (least, most) words that do not start with ``skip``.
+    Numbers of every floating or byte input become ``dtype``, times ``scale``, minus ``mean``, over ``std``. Images first become
+    ``channels`` planes, are scaled to ``size``, cut to the middle ``crop``, both (height, width) in pixels, and, unless
+    ``scale`` is given, divided by 255. ``mean`` and ``std``, in units of what that leaves, have one number or one per channel,
+    channels lying where ``layout`` says. ``shape`` reshapes each example at last ((-1,) flattens). Token ids, which are wider
+    integers, are only cut: documents to ``max_tokens``, text into pieces of ``max_tokens`` (256 if not given) or, with
+    ``lines``, into lines of ``words`` = (least, most) words that do not start with ``skip``.
+
+    >>> Preprocess(scale=1 / 16, mean=0.5, std=0.25).apply(torch.tensor([[8.0, 16.0]]))
+    tensor([[0., 2.]])
     """
 
     scale: float | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[Annotated[float, msgspec.Meta(gt=0)], ...] = ()
+    mean: float | tuple[float, ...] = ()
+    std: Annotated[float, msgspec.Meta(gt=0)] | tuple[Annotated[float, msgspec.Meta(gt=0)], ...] = ()
     channels: Literal[1, 3] = 3
     size: tuple[Annotated[int, msgspec.Meta(ge=1, le=16384)], Annotated[int, msgspec.Meta(ge=1, le=16384)]] | None = None
     crop: tuple[Annotated[int, msgspec.Meta(ge=1)], Annotated[int, msgspec.Meta(ge=1)]] | None = None
@@ -135,13 +148,13 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             x = x / 255
         return self.apply(x.permute(0, 3, 1, 2).contiguous() if self.layout == "NCHW" else x)
 
-    def _per_channel(self, numbers: tuple[float, ...], what: str, x: Tensor) -> Tensor:
+    def _per_channel(self, numbers: float | tuple[float, ...], what: str, x: Tensor) -> Tensor:
         values = torch.tensor(numbers, dtype=x.dtype)
-        if len(numbers) == 1:
+        if values.numel() == 1:
             return values
         axis = 1 if self.layout == "NCHW" else x.ndim - 1
-        if x.ndim < 2 or x.shape[axis] != len(numbers):
-            raise InputError(f"preprocess: {len(numbers)} numbers in {what}, but axis {axis} of the input {list(x.shape)} differs")
+        if x.ndim < 2 or x.shape[axis] != len(values):
+            raise InputError(f"preprocess: {len(values)} numbers in {what}, but axis {axis} of the input {list(x.shape)} differs")
         return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,7 +208,7 @@ def batches(data: Any, batch_size: int = 64, preprocess: Preprocess | None = Non
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
     if isinstance(data, str | bytes | os.PathLike):
-        raise InputError(f"the data is a path, {show(data)}; read it first with load_data(path)")
+        raise InputError(f"the data is a path, {show(data)}; read it first with roundel.load_data(path)")
     if isinstance(data, Batch):
         return _mapped(Data(lambda: (data,), 1), preprocess)
     if isinstance(data, Tensor | np.ndarray | Mapping | UserDict) or (isinstance(data, tuple) and _is_labelled(data)):
@@ -356,6 +369,12 @@ def load_data(
     in front for the others, several joined by commas and all counted on the whole file. ``limit`` keeps the first so many.
     Key and part may end the path: ``ids.json#calib[:80]``, ``mfcc.npz[!0::10]``. Raises `InputError` for an empty choice,
     unreadable or hostile content, and labels that do not fit.
+
+    >>> np.savez("digits.npz", x=np.zeros((3, 1, 8, 8), np.float32), y=[4, 0, 9])
+    >>> for batch in load_data("digits.npz", batch_size=2):
+    ...     print(batch.args[0].shape, batch.target)
+    torch.Size([2, 1, 8, 8]) tensor([4, 0])
+    torch.Size([1, 1, 8, 8]) tensor([9])
     """
     where, inner_key, inner_part = _split(path)
     key, parts = key or inner_key, [text for text in (inner_part, part) if text]

@@ -19,6 +19,7 @@ from .evaluate import near_chance, predictions
 from .formats.format import MODEL, Format, with_real
 from .formats.grid import Levels, Uniform
 from .formats.qtensor import QTensor, to_matrix
+from .gate import LEAST, judge, losses, split
 from .graph import Graph, GraphModule, Node
 from .network.capture import capture
 from .network.fuse import fuse
@@ -29,8 +30,15 @@ from .network.walk import Leaf, leaf_slots, leaves, member, state
 from .plan import FLOAT, Choice, Plan, Slot
 from .qmodel import HF, Constants, External, Note, QModel, share
 from .ranges import known_ranges, static_activation
-from .solvers import SOLVERS
+from .refine import Solve, hessians, refine
+from .solvers import NEED_HESSIAN, SOLVERS, rtn
 from .stats import Stats
+
+#: What ``effort`` does after rounding to nearest: the weights' solver, or none.
+EFFORTS: dict[str, str | None] = {"fast": None, "default": "gptq"}
+
+#: Examples that a step learns from, and as many that judge it, at most: all their values at one node are in memory together.
+EXAMPLES = 256
 
 #: A number is an outlier when it is this many times the usual (median) magnitude of its tensor.
 OUTLIER = 1e4
@@ -51,7 +59,8 @@ def quantize(
     activations: str | None = None,
     *,
     data: Any = None,
-    solver: str = "rtn",
+    effort: str = "fast",
+    solver: str | None = None,
     ranges: str = "mse",
     exclude: Iterable[str] = (),
     plan: Plan | None = None,
@@ -64,8 +73,11 @@ def quantize(
 
     ``weights`` is a format text. ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one
     with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``.
-    ``ranges`` is minmax, average, percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan``
-    gives rules per layer in place of both formats. ``seed`` is recorded; nothing here is drawn at random yet.
+    ``effort`` is fast (round to nearest, seconds) or default (GPTQ, minutes); both then correct the biases of a graph. Such a step
+    is kept only if it brings the model nearer to the float one on every fourth example of ``data``, which it did not learn from;
+    the notes say what was measured. ``solver``, rtn or gptq, names the weights' solver outright. ``ranges`` is minmax, average,
+    percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan`` gives rules per layer in place
+    of both formats. ``seed`` is recorded; nothing here is drawn at random yet.
     Labels in ``data`` are used to check that the float model works at all.
 
     With ``strict`` anything that is left float unasked, or done in another way, is a `CheckError`. Raises `PlanError` for a plan
@@ -76,7 +88,7 @@ def quantize(
     >>> q.tensors["0.weight"].bits, q.module(torch.randn(2, 64)).shape
     (4.5, torch.Size([2, 10]))
     """
-    _refuse(model, solver)
+    _refuse(model, solver, effort, data is not None)
     plan = _rules(weights, activations, exclude, plan)
     items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
     notes: list[Note] = []
@@ -87,7 +99,7 @@ def quantize(
         if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
             raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
         if any(c and c.when == "static" for name, c in table.items() if name in network.sites) and items is None:
-            raise PlanError("static activations need calibration data: pass data=, or use ':dynamic' ranges, or weights alone")
+            raise PlanError("static activations need calibration data (data=, --data); or use ':dynamic' ranges, or weights alone")
         _check_weights(network, table, notes)
         if items is not None:
             _check_float(network.module, items)
@@ -98,23 +110,28 @@ def quantize(
                 )
             )
         chosen = _activations(network, table, items or [], ranges, progress, notes)
-        tensors = _weights(network, table, solver, progress, notes)
+        tensors = _weights(network, table, progress, notes)
     provenance = {
         "roundel": __version__,
         "torch": str(torch.__version__),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "solver": solver,
+        "effort": effort,
+        "solver": solver or "rtn",
         "ranges": ranges,
         "seed": seed,
         "calibration_batches": len(items) if items is not None else 0,
     }
     if preprocess is not None:
         provenance["preprocess"] = preprocess.to_dict()
+    q = network.finish(tensors, chosen, plan, provenance, ())
+    with one_thread(), evaluating(model):
+        if items is not None and tensors:
+            q = _refined(network, q, items, solver, effort, progress, notes)
     undone = [n for n in notes if n.fallback]
     if strict and undone:
         raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in undone[:5])
                          + (f"; and {len(undone) - 5} more" if len(undone) > 5 else ""))  # fmt: skip
-    return network.finish(tensors, chosen, plan, provenance, tuple(notes))
+    return replace(q, notes=q.notes + tuple(notes))
 
 
 # -- the two kinds of network: a graph, or modules ---------------------------------------------------------------------
@@ -161,6 +178,12 @@ class _GraphNetwork:
     def known(self) -> dict[str, tuple[float, float]]:
         return known_ranges(self.graph, self.groups)
 
+    def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
+                progress: Progress | None) -> QModel:  # fmt: skip
+        """Layer by layer, on the inputs that the quantized layers before leave."""
+        assert isinstance(self.module, GraphModule)
+        return refine(q, self.module, items, solve and _solving(self, q, solve, progress), bias)
+
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
         rest = {name: t.detach().clone() for name, t in self.graph.constants.items() if name not in tensors}
@@ -192,6 +215,16 @@ class _ModuleNetwork:
     def known(self) -> dict[str, tuple[float, float]]:
         return {}
 
+    def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
+                progress: Progress | None) -> QModel:  # fmt: skip
+        """Every layer on the inputs that the float network gives it: one pass, all Hessians in memory."""
+        if solve is None:
+            return q
+        new, solving = dict(q.tensors), _solving(self, q, solve, progress)
+        for name, hessian in hessians(self.module, self.found, items, set(new)).items():
+            new[name] = solving(name, hessian)
+        return replace(q, tensors=new)
+
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
         gone = set(tensors) | {alias for alias, first in self.tied.items() if first in tensors}
@@ -212,6 +245,21 @@ class _ModuleNetwork:
         )
 
 
+def _solving(network: _GraphNetwork | _ModuleNetwork, q: QModel, solve: Callable[..., QTensor], progress: Progress | None) -> Solve:
+    """``solve`` by the name of a weight, in the format that the weight has."""
+    targets = {target.name: target for target in network.targets}
+    done: list[str] = []
+
+    def one(name: str, hessian: Tensor) -> QTensor:
+        target, fmt = targets[name], q.tensors[name].format
+        if progress:
+            done.append(name)
+            progress("solve", len(done), len(q.tensors))
+        return solve(target.weight, fmt, hessian, axis=target.axis)
+
+    return one
+
+
 def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> _GraphNetwork | _ModuleNetwork:
     """A graph where the model is one or can be captured; transformers models and what cannot be captured go the module path."""
     if isinstance(model, GraphModule):
@@ -220,7 +268,10 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
         return _ModuleNetwork(model, notes)
     if items is None:
         notes.append(
-            Note("model", "no data to trace it with, so the file holds no structure: load it with load(path, into=module)")
+            Note(
+                "model",
+                "without data to trace it with, the file holds no structure: give data (data=, --data), or load(path, into=module)",
+            )
         )
         return _ModuleNetwork(model, notes)
     example = items[0].named or items[0].args
@@ -235,7 +286,8 @@ def _network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> 
         notes.append(
             Note(
                 "model",
-                f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only",
+                f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only, "
+                "and the file needs load(path, into=module)",
                 fallback=True,
             )
         )
@@ -282,15 +334,19 @@ def _left(notes: list[Note], names: list[str]) -> None:
 # -- checks before any work -------------------------------------------------------------------------------------------
 
 
-def _refuse(model: object, solver: str) -> None:
+def _refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
     if isinstance(model, QModel):
         raise PlanError("this model is quantized already; start from the float model")
     if not isinstance(model, nn.Module):
         raise PlanError(
             f"a model is a torch.nn.Module, got {type(model).__name__}; roundel.read(path) makes one from a file or folder"
         )
-    if solver not in SOLVERS:
+    if solver is not None and solver not in SOLVERS:
         raise PlanError(f"there is no solver {solver!r}; there are {', '.join(SOLVERS)}")
+    if effort not in EFFORTS:
+        raise PlanError(f"there is no effort {effort!r}; there are {', '.join(EFFORTS)}")
+    if solver in NEED_HESSIAN and not data:
+        raise PlanError(f"the solver {solver} learns from the inputs of each layer: pass data=")
     for name, child in model.named_modules():
         where = type(child).__module__
         if (
@@ -368,7 +424,7 @@ def _check_weights(network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, 
         notes.append(
             Note(
                 "groups",
-                f"groups of {group} do not divide the rows of {len(names)} tensors, whose last group is short: {_some(names)}",
+                f"groups of {group} do not divide the rows of {_some(names)}: the last group of each row is short",
             )
         )
 
@@ -424,33 +480,29 @@ def _activations(
 
 
 def _weights(
-    network: _GraphNetwork | _ModuleNetwork,
-    table: Mapping[str, Choice | None],
-    solver: str,
-    progress: Progress | None,
-    notes: list[Note],
+    network: _GraphNetwork | _ModuleNetwork, table: Mapping[str, Choice | None], progress: Progress | None, notes: list[Note]
 ) -> dict[str, QTensor]:
-    solve = SOLVERS[solver]
+    """Every weight rounded to nearest."""
     tensors: dict[str, QTensor] = {}
     for i, target in enumerate(network.targets):
         choice = table.get(target.name)
         if choice is not None and target.weight.numel() == 0:
             notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
         elif choice is not None:
-            tensors[target.name] = _solve(solve, target, choice.format, notes)
+            tensors[target.name] = _rounded(target, choice.format, notes)
             _tell_outlier(target, tensors[target.name], notes)
         if progress:
             progress("quantize", i + 1, len(network.targets))
     return tensors
 
 
-def _solve(solve: Callable[..., QTensor], target: _Target, fmt: Format, notes: list[Note]) -> QTensor:
-    """Solve one weight; scales are kept as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
+def _rounded(target: _Target, fmt: Format, notes: list[Note]) -> QTensor:
+    """One weight rounded; scales are kept as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
     wide = with_real(fmt, "fp32")
-    if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(solve, target, wide):
-        kept = solve(target.weight, wide, axis=target.axis)
+    if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(target, wide):
+        kept = rtn(target.weight, wide, axis=target.axis)
         if torch.equal(kept.dequantize(), target.weight.float()):
-            narrow = solve(target.weight, fmt, axis=target.axis)
+            narrow = rtn(target.weight, fmt, axis=target.axis)
             if torch.equal(narrow.dequantize(), target.weight.float()):
                 return narrow
             notes.append(
@@ -461,12 +513,12 @@ def _solve(solve: Callable[..., QTensor], target: _Target, fmt: Format, notes: l
             )
             return kept
     try:
-        return solve(target.weight, fmt, axis=target.axis)
+        return rtn(target.weight, fmt, axis=target.axis)
     except FormatError as err:
         if wide == fmt:
             raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: {err}") from err
         notes.append(Note(target.name, f"{err}; done, as {wide}", fallback=True))
-        return solve(target.weight, wide, axis=target.axis)
+        return rtn(target.weight, wide, axis=target.axis)
 
 
 def _tell_outlier(target: _Target, q: QTensor, notes: list[Note]) -> None:
@@ -488,10 +540,50 @@ def _tell_outlier(target: _Target, q: QTensor, notes: list[Note]) -> None:
         notes.append(Note(target.name, f"{said} their codes; repair it, exclude the layer or take smaller groups"))
 
 
-def _on_grid(solve: Callable[..., QTensor], target: _Target, fmt: Format) -> bool:
+def _on_grid(target: _Target, fmt: Format) -> bool:
     """Whether a few rows of a tensor come back exactly, so that trying the whole is worth it."""
     rows = to_matrix(target.weight, target.axis)[:4].float()
     try:
-        return torch.equal(solve(rows, fmt).dequantize(), rows)
+        return torch.equal(rtn(rows, fmt).dequantize(), rows)
     except FormatError:
         return False
+
+
+# -- steps, each judged -----------------------------------------------------------------------------------------------
+
+
+def _refined(network: _GraphNetwork | _ModuleNetwork, q: QModel, items: list[Batch], solver: str | None, effort: str,
+             progress: Progress | None, notes: list[Note]) -> QModel:  # fmt: skip
+    """``q`` after the steps that ``effort`` names, those that were measured to help; a solver that was named is not judged."""
+    learn, held = (_limited(part) for part in split(items))
+    judges = sum(map(len, held))
+    if solver in NEED_HESSIAN:
+        q = network.refined(q, learn if judges else items, SOLVERS[solver], False, progress)
+    ladder: list[tuple[str, Callable[..., QTensor] | None, bool]]
+    ladder = [(name.upper(), SOLVERS[name], False) for name in [EFFORTS[effort]] if name and solver is None]
+    if isinstance(network, _GraphNetwork):
+        ladder.append(("bias correction", None, True))
+    if judges < LEAST:
+        if ladder:
+            told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
+            notes.append(Note("model", f"{' and '.join(name for name, *_ in ladder)} not tried: {told}"))
+        return q
+    loss = losses(network.module, q.module, held)
+    for name, solve, bias in ladder:
+        new = network.refined(q, learn, solve, bias, progress)
+        new_loss = losses(network.module, new.module, held)
+        verdict = judge(loss, new_loss)
+        notes.append(Note("model", f"{name} {'kept' if verdict.kept else 'not kept'}: {verdict}"))
+        if verdict.kept:
+            q, loss = new, new_loss
+    return q
+
+
+def _limited(batches: list[Batch]) -> list[Batch]:
+    """The first `EXAMPLES` examples."""
+    out, left = [], EXAMPLES
+    for batch in batches:
+        if left > 0:
+            out.append(batch if len(batch) <= left else batch.take(torch.arange(left)))
+            left -= len(batch)
+    return out

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calibrate import run
 from ..data import Batch, batches
 from ..errors import InputError, PlanError
 from ..network.walk import state
 from ..qmodel import QModel
 from .artifacts import Difference, diff
+from .inputs import Inputs
 from .scores import METRICS, Metric, Scores, near_chance, plain, predictions
-from .sites import Sites, live, run
+from .sites import Sites, live
 
-__all__ = ["Difference", "Evaluation", "Latency", "diff", "evaluate", "near_chance", "predictions"]
+__all__ = ["Difference", "Evaluation", "Latency", "check_metric", "diff", "evaluate", "near_chance", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,10 @@ def evaluate(
     >>> measured.kl, measured.flips, measured.metric_name, measured.metric, measured.interval
     (0.0, 0.0, 'top1', 1.0, (0.0, 0.0))
     """
-    if isinstance(metric, str) and metric not in METRICS:
-        raise PlanError(
-            f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or pass fn(outputs, target) -> per-sample scores"
-        )
+    _known(metric)
     now, before = live(q), live(against)
     scores: Scores | None = None
+    inputs = Inputs(q)
     sites, peak, sample = None, None, None
     with _resting(now, before):
         for number, batch in enumerate(batches(data)):
@@ -130,10 +130,11 @@ def evaluate(
             if scores is None:
                 scores = Scores.like(batch, real, metric)
             scores.take(number, batch, real, quantized)
+            inputs.take(batch)
         if scores is None or sample is None:
             raise InputError("the data holds no batches; give at least one")
         times = _latency(before, now, sample) if latency else (None, None)
-    noted = (*scores.notes(), *(sites.notes() if sites else ()))
+    noted = (*inputs.notes(), *scores.notes(), *(sites.notes() if sites else ()))
     path = getattr(q, "path", None)
     return Evaluation(
         **scores.figures(seed),
@@ -147,6 +148,22 @@ def evaluate(
         peak_memory=peak,
         notes=noted,
     )
+
+
+def check_metric(metric: str | Metric | None, model: nn.Module, data: Any) -> str | Metric:
+    """The metric that `evaluate` would take, from one forward of ``model`` on the first batch: so that a long run does not end in
+    an error. Raises `PlanError` for one that does not exist or does not apply."""
+    _known(metric)
+    batch = next(iter(batches(data)))
+    with _resting(model):
+        return Scores.like(batch, run(model, batch), metric).metric
+
+
+def _known(metric: str | Metric | None) -> None:
+    if isinstance(metric, str) and metric not in METRICS:
+        raise PlanError(
+            f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or pass fn(outputs, target) -> per-sample scores"
+        )
 
 
 # -- running ----------------------------------------------------------------------------------------------------------

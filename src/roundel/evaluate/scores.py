@@ -51,13 +51,18 @@ def near_chance(score: float, classes: int, n: int) -> bool:
     return bool(tail[0] > 0.01 >= tail[1])
 
 
+def _poor(score: float, classes: int, n: int) -> bool:
+    """Whether a share right is so little above guessing (Cohen's kappa below 0.15) that a trained model is hardly behind it."""
+    return classes > 1 and n >= 20 and (score - 1 / classes) / (1 - 1 / classes) < 0.15
+
+
 class Scores:
     """Output against output, batch by batch: what is kept is a few numbers per row and one per token."""
 
     def __init__(self, kind: Literal["classes", "tokens", "values"], probabilities: bool, metric: str | Metric) -> None:
         self.kind, self.probabilities, self.metric = kind, probabilities, metric
         self.signal = self.noise = 0.0
-        self.positions = self.flipped = self.floored = self.rows = 0
+        self.positions = self.flipped = self.floored = self.rows = self.classes = 0
         self.kl: list[Tensor] = []  # per position
         self.kl_rows: list[Tensor] = []  # per row: sum over its positions
         self.sizes: list[Tensor] = []  # per row: positions
@@ -82,9 +87,8 @@ class Scores:
         wants = {"top1": "classes", "perplexity": "tokens"}.get(metric if isinstance(metric, str) else "", kind)
         if kind != wants:
             what = "(N, classes)" if wants == "classes" else "(N, T, vocabulary) from ids"
-            raise PlanError(
-                f"metric {metric!r} needs outputs {what}; the model gives {list(out.shape)}: use cosine, mse or a function"
-            )
+            fits = {"classes": "top1, ", "tokens": "perplexity, "}.get(kind, "")
+            raise PlanError(f"metric {metric!r} needs outputs {what}; the model gives {list(out.shape)}: use {fits}cosine or mse")
         probable = kind != "values" and bool((out >= 0).all()) and bool(((out.double().sum(-1) - 1).abs() < 1e-3).all())
         return cls(kind, probable, metric)
 
@@ -107,6 +111,7 @@ class Scores:
             self.signal += float(i.double().square().sum())
             self.noise += float((i.double() - j.double()).square().sum())
         self.rows += len(a)
+        self.classes = a.shape[-1] if self.kind == "classes" else 0
         if self.kind != "values":
             kl = torch.cat([self._divergence(i, j) for i, j in pieces])
             self.kl.append(kl)
@@ -180,6 +185,10 @@ class Scores:
         """What the figures rest on, where it is not plain."""
         if self.kind == "classes" and self.metric == "cosine":
             yield "no labels: KL and flips take the outputs (N, C) for class scores; for embeddings ask for metric='cosine'"
+        right = float(torch.cat(self.metrics)[:, 0].mean())
+        if self.metric == "top1" and _poor(right, self.classes, self.rows):
+            yield (f"the float model itself gets only {right:.2%} right ({self.classes} classes): check the preprocessing "
+                   "(scale, mean, std, channel order), the labels and the weights")  # fmt: skip
         if self.floored:
             yield (f"{self.floored} of {self.positions} quantized outputs have a probability of zero where the float one has not: "
                    f"both were raised to at least {FLOOR:.4f} (half of 1/256) before KL")  # fmt: skip

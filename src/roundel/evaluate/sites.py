@@ -10,6 +10,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from ..calibrate import run
 from ..data import Batch
 from ..errors import InputError, PlanError
 from ..graph import Graph, GraphModule
@@ -25,11 +26,6 @@ def live(model: QModel | nn.Module) -> nn.Module:
     if not isinstance(model, QModel | nn.Module):
         raise PlanError(f"a model is a QModel or a torch.nn.Module, got {type(model).__name__}; load or read it first")
     return model.module if isinstance(model, QModel) else model
-
-
-def run(module: nn.Module, batch: Batch) -> Any:
-    """One forward pass."""
-    return module(*batch.args, **batch.named)
 
 
 class Sites:

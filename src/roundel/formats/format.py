@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import FormatError
-from .grid import Codebook, Grid, Levels, Real, Uniform, grid, table
+from .grid import REALS, SPELLINGS, TABLES, Codebook, Grid, Levels, Real, Uniform, grid, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,10 +226,23 @@ class _Parser:
         rest = self.text[self.pos :] or "the end"
         return FormatError(f"format {self.source!r}: at position {self.pos} ({rest!r}) expected {possible}")
 
+    def meant(self) -> str:
+        """What a misspelt text may have meant, as the end of a message; nothing where no known text is near."""
+        near = difflib.get_close_matches(self.source.strip().lower(), _known(self.role), 1, 0.7)
+        return f"; did you mean {near[0]!r}?" if near else ""
+
+    def grid(self, word: str) -> Grid:
+        try:
+            return grid(word)
+        except FormatError as err:
+            if re.fullmatch(r"(u?int|log|apot|cb)[\d:.x]*\d", word):
+                raise  # no slip of the pen: only its number is out of bounds
+            raise FormatError(f"{err}{self.meant()}") from err
+
     def parse(self) -> Format:
         base = self.default()
         if self.pos < len(self.text):
-            raise self.fail("'@', '/', '*', '~', '-' or the end")
+            raise self.fail("'@', '/', '*', '~', '-' or the end" + self.meant())
         return base
 
     def take(self, char: str) -> bool:
@@ -240,14 +254,14 @@ class _Parser:
     def word(self) -> str:
         match = re.compile(r"[a-z][a-z0-9_]*(:[a-z0-9.]+)*").match(self.text, self.pos)
         if not match:
-            raise self.fail("a grid such as int4, uint4, nf4, fp8, log4 or cb16")
+            raise self.fail("a grid such as int4, uint4, nf4, fp8, log4 or cb16" + self.meant())
         self.pos = match.end()
         return match[0]
 
     def share(self) -> Share:
         match = re.compile(r"tensor|channel|token|model|g(\d+)|b(\d+)x(\d+)").match(self.text, self.pos)
         if not match:
-            raise self.fail("tensor, channel, token, gN or bMxN")
+            raise self.fail("tensor, channel, token, gN or bMxN" + self.meant())
         if any(n is not None and int(n) < 1 for n in match.groups()):
             raise self.fail("a group of 1 or more, such as g32 or g128")
         self.pos = match.end()
@@ -261,7 +275,7 @@ class _Parser:
         """The outermost format, with the role's sugar."""
         word = self.word()
         symmetric = bool(re.fullmatch(r"int\d+s", word))
-        base = grid(word[:-1] if symmetric else word)
+        base = self.grid(word[:-1] if symmetric else word)
         at = self.share() if self.take("@") else None
         asked = self.share() if self.take("/") else None
         if asked == MODEL:
@@ -294,12 +308,22 @@ class _Parser:
         word = self.word()
         if word == "one":
             return None
-        base = grid(word)
+        base = self.grid(word)
         if not self.take("/"):
             # An integer alone cannot be a scale: it counts in units of an outer one.
             return Format(base, TENSOR, None, Format(Real("fp32")) if scales and isinstance(base, Uniform) else None)
         share = self.share()
         return Format(base, share, None, self.nested(scales=True) if self.take("*") else Format(Real("fp16")))
+
+
+def _known(role: Role) -> list[str]:
+    """The usual texts, for telling what a misspelt one may have meant."""
+    grids = [f"{sign}int{bits}" for bits in range(1, 17) for sign in ("", "u")]
+    grids += [name for name in (*TABLES, *SPELLINGS) if name != "e8m0"] + ["log4", "apot4", "cb16", "cb256"]
+    shares = ("", "/tensor", "/channel", "/g16", "/g32", "/g64", "/g128")
+    whens = (":static", ":dynamic", ":token", "/token:dynamic") if role == "activation" else ()
+    timed = (name + when for name in ("int4", "int8") for when in whens)
+    return [*ALIASES, *REALS, *(name + share for name in grids for share in shares), *timed]
 
 
 def with_real(fmt: Format, real: str) -> Format:

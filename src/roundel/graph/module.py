@@ -1,20 +1,25 @@
-"""`GraphModule`: the one interpreter of a `Graph`, an ordinary trainable `nn.Module`."""
+"""`GraphModule`: the interpreter of a `Graph`, an ordinary trainable `nn.Module`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .graph import Graph
+from .graph import Graph, Node
 from .ops import MISFIT, OPS
 
+#: The values alive during a run, and the constants.
+Env = dict[str, Any]
 
-class GraphModule(nn.Module):
-    """Runs a `Graph`; floating constants are parameters, others buffers, so training and `state_dict` work as usual.
+
+class Interpreter(nn.Module, ABC):
+    """Runs the nodes of a `Graph` in order; what a constant, an operation and a made value are is for its two kinds to say.
 
     Inputs are positional, in the graph's order, or named. One output comes back bare, several as a tuple.
     """
@@ -27,6 +32,62 @@ class GraphModule(nn.Module):
         if graph.opset != "real":
             raise InputError(f"this graph holds {graph.opset} operations; roundel.simulate runs it")
         self.structure = graph
+
+    @abstractmethod
+    def constants(self) -> dict[str, Any]:
+        """The constants that operations find under their names."""
+
+    @abstractmethod
+    def compute(self, node: Node, env: Env) -> Any:
+        """The result of one node."""
+
+    def settled(self, name: str, value: Any) -> Any:
+        """What an input or result is to those who read it."""
+        return value
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Any:
+        env = bind_inputs(self.structure, args, named)
+        for _ in self._steps(env):
+            pass
+        outs = tuple(env[name] for name in self.structure.outputs)
+        return outs[0] if len(outs) == 1 else outs
+
+    def steps(self, *args: Tensor, **named: Tensor) -> Iterator[tuple[Node, Env]]:
+        """The run of one batch, stopping before each node, with the values alive at that point."""
+        return self._steps(bind_inputs(self.structure, args, named))
+
+    def _steps(self, env: Env) -> Iterator[tuple[Node, Env]]:
+        graph = self.structure
+        for name in graph.inputs:
+            self._enter(env, name, env[name])
+        env |= self.constants()
+        env[""] = None
+        last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+        for i, node in enumerate(graph.nodes):
+            yield node, env
+            try:
+                result = self.compute(node, env)
+                made = dict(zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+            except MISFIT as err:
+                shapes = [tuple(env[n].shape) for n in node.inputs if env.get(n) is not None]
+                raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err
+            for name, value in made.items():
+                self._enter(env, name, value)
+            for name in node.inputs:
+                if name and last_use[name] == i and name not in graph.outputs and name not in graph.constants:
+                    env.pop(name, None)
+
+    def _enter(self, env: Env, name: str, value: Any) -> None:
+        env[name] = self.settled(name, value)
+        if self.watch:
+            self.watch(name, env[name])
+
+
+class GraphModule(Interpreter):
+    """Runs a `Graph`; floating constants are parameters, others buffers, so training and `state_dict` work as usual."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
         self.weights = nn.ParameterDict()
         self._keys = {name: name.replace(".", "\x1f") for name in graph.constants}
         for name, tensor in graph.constants.items():
@@ -36,37 +97,13 @@ class GraphModule(nn.Module):
     def graph(self) -> Graph:
         """The graph with the constants as they are now (after training, say)."""
         live = {name: self.weights[key].detach() for name, key in self._keys.items()}
-        return Graph(
-            self.structure.inputs, self.structure.outputs, self.structure.nodes, live, self.structure.values, self.structure.notes
-        )
+        return replace(self.structure, constants=live)
 
-    def forward(self, *args: Tensor, **named: Tensor) -> Any:
-        graph, watch = self.structure, self.watch
-        env: dict[str, Any] = bind_inputs(graph, args, named)
-        env[""] = None
-        for name, key in self._keys.items():
-            env[name] = self.weights[key]
-        if watch:
-            for name in graph.inputs:
-                watch(name, env[name])
-        last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
-        for i, node in enumerate(graph.nodes):
-            try:
-                result = OPS[node.op](*[env[name] for name in node.inputs], **node.attrs)
-                results = result if isinstance(result, tuple) else (result,)
-                made = dict(zip(node.outputs, results, strict=True))
-            except MISFIT as err:
-                shapes = [tuple(env[n].shape) if env[n] is not None else None for n in node.inputs]
-                raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err
-            for name, value in made.items():
-                env[name] = value
-                if watch:
-                    watch(name, value)
-            for name in node.inputs:
-                if last_use[name] == i and name not in graph.outputs and name not in graph.constants and name:
-                    env.pop(name, None)
-        outs = tuple(env[name] for name in graph.outputs)
-        return outs[0] if len(outs) == 1 else outs
+    def constants(self) -> dict[str, Any]:
+        return {name: self.weights[key] for name, key in self._keys.items()}
+
+    def compute(self, node: Node, env: Env) -> Any:
+        return OPS[node.op](*[env[name] for name in node.inputs], **node.attrs)
 
 
 def bind_inputs(graph: Graph, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> dict[str, Tensor]:

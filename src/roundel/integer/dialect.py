@@ -43,6 +43,15 @@ def quantize_multiplier(real: ArrayLike) -> tuple[Ints, Ints]:
     return np.where(gone, 0, q).astype(np.int64), np.where(gone, 0, s)
 
 
+def quantize_wide(real: ArrayLike) -> tuple[Ints, Ints]:
+    """As `quantize_multiplier` with 15 bits, as TFLite rescales int64 sums: by rule R2, sums of up to 2^47 and |multiplier| < 2^15
+    make one product in 64 bits. Raises `InputError` for factors of 2^14 and more."""
+    q, s = quantize_multiplier(real)
+    if (s > MOST - 16).any():
+        raise InputError(f"a rescale of wide sums by {np.abs(real).max():.3g} is past what they take, 2^{MOST - 16}")
+    return np.sign(q) * np.minimum((np.abs(q) + (1 << 15)) >> 16, (1 << 15) - 1), np.where(q == 0, 0, s + 16)
+
+
 def multiply_high(a: Ints, b: Ints | int) -> Ints:
     """a * b / 2^31, ties up: gemmlowp's rounding doubling high multiplication."""
     return (a * b + (1 << 30)) >> 31

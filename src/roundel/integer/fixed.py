@@ -1,6 +1,6 @@
-"""exp and 1/x in fixed point, by gemmlowp's polynomial and Newton steps: integers from end to end, so tables depend on no libm.
+"""exp, 1/x and 1/sqrt(x) in fixed point, by polynomials and Newton steps: integers from end to end, so tables depend on no libm.
 
-Qm.n is an integer in units of 2^-n with m bits before the point. Only what softmax needs is here.
+Qm.n is an integer in units of 2^-n with m bits before the point. Only what softmax, attention and the norms need is here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,23 @@ def exp_table(scale: float, size: int) -> Ints:
     near = differences <= math.floor(31 * 2.0**26 / 2.0 ** int(left))
     inputs = multiply_high(np.where(near, differences, 0) << max(int(left), 0), multiplier)
     return np.where(near, _exp(-inputs), 0)
+
+
+#: `exp_steps` takes 0 <= units < 2^21, in steps of 2^-16: down to exp(-32).
+STEP_BITS, UNIT_BITS = 7, 16
+
+
+def step_table() -> Ints:
+    """exp(-i * step) in Q0.31 for i = 0 .. 127 and the steps 1/4, 2^-9 and 2^-16 (3, 128), within 2^-22."""
+    digits = np.arange(1 << STEP_BITS, dtype=np.int64)
+    return np.stack([_exp(-(digits << 26 - UNIT_BITS + place)) for place in (2 * STEP_BITS, STEP_BITS, 0)])
+
+
+def exp_steps(units: Ints, table: Ints) -> Ints:
+    """exp(-units * 2^-16) in Q0.31 as the product of three entries of `step_table`, one for each 7 bits; within 2^-21."""
+    mask = (1 << STEP_BITS) - 1
+    high, middle, low = units >> 2 * STEP_BITS, units >> STEP_BITS & mask, units & mask
+    return multiply_high(multiply_high(table[0][high], table[1][middle]), table[2][low])
 
 
 def _exp(x: Ints) -> Ints:
@@ -61,3 +78,19 @@ def reciprocal(total: Ints) -> tuple[Ints, Ints]:
     for _ in range(3):
         x = x + (multiply_high(x, (1 << 29) - multiply_high(half, x)) << 2)
     return np.minimum(x << 1, ONE), spare - (31 - SUM_BITS)
+
+
+def reciprocal_root(v: Ints) -> tuple[Ints, Ints]:
+    """1 / sqrt(v) for 1 <= v < 2^62 as (multiplier, shift): multiplier * 2^(shift - 31), within 2^-27 relative.
+
+    Four Newton steps y (3 - m y^2) / 2, m being v moved to [1/4, 1), from a line that is 8 % off at most.
+    """
+    length = np.zeros_like(v)
+    for step in (32, 16, 8, 4, 2, 1):
+        length += step * (v >> length + step - 1 > 0)
+    even = length + (length & 1)
+    m = np.where(even > 31, v >> np.maximum(even - 31, 0), v << np.maximum(31 - even, 0))  # Q0.31
+    y = round(2.147 * 2**29) - (m * round(1.227 * 2**29) >> 31)  # Q2.29 from here
+    for _ in range(4):
+        y = y * (3 * 2**29 - (m * (y * y >> 29) >> 31)) >> 30
+    return np.minimum(y << 1, ONE), 1 - even // 2

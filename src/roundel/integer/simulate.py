@@ -25,7 +25,7 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
     """Outputs of an integer ``graph`` for real inputs, arrays or tensors (N, ...), as NumPy arrays.
 
     They are dequantized, float32, or with ``codes`` the int64 codes themselves. One output comes back bare, several as a tuple.
-    ``fast`` sums convolutions and linear layers by floating-point routines wherever every partial sum is a whole number that they
+    ``fast`` sums products by floating-point routines wherever every partial sum is a whole number that they
     hold, so the codes are the same. Raises `InputError` for inputs that do not fit, `CheckError` for sums that leave the range that
     the graph proves.
 
@@ -62,9 +62,9 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
 # -- the same sums, faster ----------------------------------------------------------------------------------------------
 
 
-def _floating(x: Ints, w: Ints) -> torch.dtype | None:
-    """A type that holds every partial sum of x by rows of w exactly, whatever the order; None if there is none."""
-    reach = float(np.abs(x).max(initial=0)) * float(np.abs(w).reshape(len(w), -1).sum(1).max(initial=0))
+def _floating(x: Ints, rows: Ints) -> torch.dtype | None:
+    """A type that holds every partial sum of x by ``rows`` (n, terms) exactly, whatever the order; None if there is none."""
+    reach = float(np.abs(x).max(initial=0)) * float(np.abs(rows).sum(1).max(initial=0))
     return torch.float32 if reach < 2**24 else torch.float64 if reach < 2**53 else None
 
 
@@ -75,8 +75,15 @@ def _linear_sums(x: Ints, w: Ints) -> Ints:
     return _whole(F.linear(_tensor(x, dtype), _tensor(w, dtype)))
 
 
+def _product_sums(a: Ints, b: Ints) -> Ints:
+    dtype = _floating(a, b.swapaxes(-1, -2).reshape(-1, b.shape[-2]))
+    if dtype is None:
+        return ops.product_sums(a, b)
+    return _whole(torch.matmul(_tensor(a, dtype), _tensor(b, dtype)))
+
+
 def _conv_sums(x: Ints, w: Ints, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Ints:
-    dtype = _floating(x, w)
+    dtype = _floating(x, w.reshape(len(w), -1))
     if dtype is None:
         return ops.conv_sums(x, w, stride, padding, dilation, groups)
     conv = F.conv1d if w.ndim == 3 else F.conv2d
@@ -91,7 +98,7 @@ def _whole(sums: Tensor) -> Ints:
     return sums.to(torch.int64).numpy()
 
 
-FAST: dict[str, Callable[..., Any]] = {
-    "conv": partial(ops.INTEGER["conv"], sums=_conv_sums),
-    "linear": partial(ops.INTEGER["linear"], sums=_linear_sums),
-}
+_FASTER = {"conv": _conv_sums, "conv_transpose": _conv_sums, "linear": _linear_sums, "matmul": _product_sums,
+           "attention": _product_sums}  # fmt: skip
+
+FAST: dict[str, Callable[..., Any]] = {name: partial(ops.INTEGER[name], sums=sums) for name, sums in _FASTER.items()}

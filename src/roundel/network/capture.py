@@ -118,13 +118,10 @@ def _why_not(err: BaseException) -> str:
     text = str(err)
     first = next((line for line in text.splitlines() if line.strip()), type(err).__name__).strip()
     if "data-dependent" not in text:
-        return f"the model cannot be traced on the example: {first}; check the example, or quantize on the module path"
+        return f"the model cannot be traced on the example: {first}; check the example"
     frames = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.+)', text)
     where = f' at {frames[-1][0]}:{frames[-1][1]} ("{frames[-1][2].strip()}")' if frames else ""
-    return (
-        f"forward branches on the numbers it computes{where}, so no one graph describes it; "
-        "quantize on the module path (the structure stays code) or exclude that part"
-    )
+    return f"forward branches on the numbers it computes{where}, so no one graph describes it; torch.where could be captured"
 
 
 def _batch_limits(program: Any) -> list[str]:
@@ -175,7 +172,7 @@ def _translate(module: nn.Module, program: Any, notes: list[str]) -> Graph:
     outputs, more = _outputs(program, e, problems)
     if problems:
         listed = "; ".join(f"{op} in {some(list(dict.fromkeys(where)))}" for op, where in problems.items())
-        raise InputError(f"these operations have no counterpart in a graph: {listed}; exclude them or quantize on the module path")
+        raise InputError(f"these operations have no counterpart in a graph: {listed}")
     return finish(e, inputs, outputs, [*notes, *more])
 
 

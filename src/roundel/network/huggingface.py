@@ -58,7 +58,7 @@ def transformers_package() -> ModuleType:
     try:
         import transformers
     except ImportError as err:
-        raise InputError("a Hugging Face model needs the package transformers: pip install 'roundel[hf]'") from err
+        raise InputError("a Hugging Face model needs the package transformers: pip install -e '.[hf]' in Roundel's folder") from err
     return transformers
 
 

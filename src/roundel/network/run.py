@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..formats.qtensor import QTensor
-from ..graph import Graph
-from ..graph.module import bind_inputs
-from ..graph.ops import ACTS, MISFIT, OPS
+from ..graph import Graph, Node
+from ..graph.module import Env, Interpreter
+from ..graph.ops import ACTS, OPS
 from .layer import WEIGHTED, Activation, FakeWeight, FloatWeight, PackedWeight, exact_dtype, span, weighted
 from .sites import find_sites
 
@@ -23,14 +22,11 @@ from .sites import find_sites
 _SUMS = frozenset(["mean", "avg_pool", "sum"])
 
 
-class QGraphModule(nn.Module):
+class QGraphModule(Interpreter):
     """The interpreter of a quantized graph: sites are put on their grids, weighted layers compute on codes.
 
     ``activations`` maps a site (static) or ``layer.input`` (dynamic) to its `Activation`.
     """
-
-    #: Called as ``watch(name, value)`` on every input and every result as it is made.
-    watch: Callable[[str, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -40,10 +36,7 @@ class QGraphModule(nn.Module):
         rest: Mapping[str, Tensor],
         weight: Callable[[QTensor], PackedWeight | FakeWeight] = PackedWeight,
     ) -> None:
-        super().__init__()
-        if graph.opset != "real":
-            raise InputError(f"this graph holds {graph.opset} operations; roundel.simulate runs it")
-        self.structure = graph
+        super().__init__(graph)
         self.activations = dict(activations)
         self.weights = nn.ModuleDict({_key(name): weight(q) for name, q in tensors.items()})
         self.rest = nn.ParameterDict(
@@ -55,35 +48,24 @@ class QGraphModule(nn.Module):
                 self.weights[_key(node.inputs[1])].dtype = getattr(torch, spec.dtype)
         self._root = find_sites(graph).root
 
-    def forward(self, *args: Tensor, **named: Tensor) -> Any:
-        graph = self.structure
-        env: dict[str, Any] = bind_inputs(graph, args, named)
-        for name in graph.inputs:
-            self._settle(env, name)
-        for name in graph.constants:
-            if _key(name) in self.rest:
-                env[name] = self.rest[_key(name)]
-                if name in self._root:
-                    env[name] = self._on_grid(name, env[name])
-        env[""] = None
-        last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
-        for i, node in enumerate(graph.nodes):
-            try:
-                result = self._compute(node.op, node, env)
-                made = dict(zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True))
-            except MISFIT as err:
-                shapes = [tuple(env[n].shape) for n in node.inputs if env.get(n) is not None]
-                raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err
-            for name, value in made.items():
-                env[name] = value
-                self._settle(env, name)
-            for name in node.inputs:
-                if name and last_use[name] == i and name not in graph.outputs and name not in graph.constants:
-                    env.pop(name, None)
-        outs = tuple(env[name] for name in graph.outputs)
-        return outs[0] if len(outs) == 1 else outs
+    def put(self, name: str, weight: PackedWeight | FakeWeight) -> None:
+        """Take another weight under ``name``."""
+        self.weights[_key(name)] = weight
 
-    def _compute(self, op: str, node: Any, env: dict[str, Any]) -> Any:
+    def rest_of(self, name: str) -> Tensor:
+        """A constant that is not packed, as it lies in memory."""
+        return self.rest[_key(name)].data
+
+    def constants(self) -> dict[str, Any]:
+        found = {name: self.rest[_key(name)] for name in self.structure.constants if _key(name) in self.rest}
+        return {name: self.settled(name, value) if name in self._root else value for name, value in found.items()}
+
+    def settled(self, name: str, value: Any) -> Any:
+        site = self._static(name)
+        return site.quantize(value) if site is not None and value.is_floating_point() else value
+
+    def compute(self, node: Node, env: Env) -> Any:
+        op = node.op
         dynamic = self.activations.get(f"{node.name}.input")
         if op in WEIGHTED and (dynamic or _key(node.inputs[1]) in self.weights):
             key = _key(node.inputs[1])
@@ -114,15 +96,6 @@ class QGraphModule(nn.Module):
     def _static(self, name: str) -> Activation | None:
         found = self.activations.get(self._root.get(name, ""))
         return found if found is not None and found.when == "static" else None
-
-    def _on_grid(self, name: str, value: Tensor) -> Tensor:
-        site = self._static(name)
-        return site.quantize(value) if site is not None and value.is_floating_point() else value
-
-    def _settle(self, env: dict[str, Any], name: str) -> None:
-        env[name] = self._on_grid(name, env[name])
-        if self.watch:
-            self.watch(name, env[name])
 
 
 def _key(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -34,6 +35,7 @@ def read(path: AnyPath, *, inputs: Sequence[int | str] | None = None, state: Any
         from .factory import read_factory
 
         return read_factory(text, state)
+    _only(not _is_module(text), f"{show(path)} is a module; name the function in it that builds the network, {text}:factory")
     _only(state is None, f"state= belongs to a factory (package.module:factory); {show(path)} brings its own weights")
     if os.path.isdir(text):
         _only(inputs is None, f"inputs= starts a .tflite at other tensors; {show(path)} is a folder")
@@ -86,6 +88,14 @@ def _kind(path: AnyPath) -> str:
     if suffix == ".tflite":
         return "tflite"  # its own reader says best what is wrong with it
     return ""
+
+
+def _is_module(text: str) -> bool:
+    """Whether ``package.module`` is what Python would import, and no file; nothing is imported to see that."""
+    if os.path.lexists(text) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", text):
+        return False
+    stems = [os.path.join(home, *text.split(".")) for home in ("", *sys.path)]
+    return any(os.path.isfile(stem + end) for stem in stems for end in (".py", os.sep + "__init__.py"))
 
 
 def _only(fits: bool, otherwise: str) -> None:

@@ -75,7 +75,7 @@ def read_file(path: Path) -> File:
     try:
         from ai_edge_litert import schema_py_generated as schema
     except ImportError as err:
-        raise InputError("reading .tflite files needs the extra `tflite`: pip install roundel[tflite]") from err
+        raise InputError("reading .tflite files needs the extra `tflite`: pip install -e '.[tflite]' in Roundel's folder") from err
     try:
         raw = path.read_bytes()
     except OSError as err:

@@ -17,14 +17,17 @@ def read_factory(spec: str, state: AnyPath | None = None) -> nn.Module:
     """Import ``package.module``, call ``factory()``, load the weights file ``state`` strictly; evaluation mode.
 
     The current folder is searched first, as ``python -m`` does. The import is the user's explicit wish: a name inside a
-    model file never comes here. Raises `InputError` naming every missing, unexpected or misshapen weight.
+    model file never comes here. Without ``state`` a note says whose weights they are. Raises `InputError` naming every missing,
+    unexpected or misshapen weight.
     """
     where, _, name = spec.partition(":")
     module = _call(spec, _find(where, name))
     if state is not None:
         tensors, notes = read_state(state)
         load_state(module, tensors, show(state))
-        module.roundel_notes = notes  # type: ignore[assignment]
+    else:
+        notes = (f"no state (--state) was given: the weights are whatever {spec} makes",) if module.state_dict() else ()
+    module.roundel_notes = notes  # type: ignore[assignment]
     return module.eval()
 
 

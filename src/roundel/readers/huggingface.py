@@ -81,12 +81,14 @@ def read_tokenizer(path: AnyPath) -> Callable[[str], list[int]]:
     """The function text -> token ids of a folder's ``tokenizer.json``, special tokens included, nothing cut or padded."""
     file = Path(os.fsdecode(path))
     file = file / "tokenizer.json" if file.is_dir() else file
+    if not os.path.lexists(file):
+        raise InputError(f"{show(file.parent)} has no {file.name}, so text cannot be read: give token ids (.json, .npy) instead")
     with open_regular(file) as handle:
         text = handle.read()
     try:
         import tokenizers
     except ImportError as err:
-        raise InputError("reading text needs the package tokenizers: pip install 'roundel[hf]'") from err
+        raise InputError("reading text needs the package tokenizers: pip install -e '.[hf]' in Roundel's folder") from err
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text.decode())
     except Exception as err:  # the library raises the bare class

@@ -1,8 +1,15 @@
-"""Solvers: (weight, Format, Stats) -> QTensor. One file each; none knows a network."""
+"""Solvers: (weight, Format, what the data says) -> QTensor. One file each; none knows a network."""
 
+from collections.abc import Callable
+
+from ..formats.qtensor import QTensor
+from .gptq import gptq
 from .rtn import rtn
 
 #: name -> solver, as `quantize(solver=...)` takes it.
-SOLVERS = {"rtn": rtn}
+SOLVERS: dict[str, Callable[..., QTensor]] = {"rtn": rtn, "gptq": gptq}
 
-__all__ = ["SOLVERS", "rtn"]
+#: Those whose third argument is the Hessian of the weight's inputs, so that they need data.
+NEED_HESSIAN = frozenset(["gptq"])
+
+__all__ = ["NEED_HESSIAN", "SOLVERS", "gptq", "rtn"]

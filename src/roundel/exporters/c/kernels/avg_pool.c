@@ -1,0 +1,34 @@
+#include "window.c"
+
+/* Mean of the codes under each window, half away from zero; places outside are left out. */
+struct avg_pool {
+    struct window window;
+    int32_t low, high;
+};
+
+static void avg_pool_X_Y(const struct avg_pool *a, const X *x, Y *y, void *scratch)
+{
+    const struct window *v = &a->window;
+    X *ring = scratch;
+    for (int32_t row = 0; row < v->out_height; row++) {
+        keep_X(v, x, ring, row);
+        for (int32_t place = 0; place < v->out_width; place++) {
+            for (int32_t c = 0; c < v->channels; c++) {
+                int32_t sum = 0, count = 0, mean;
+                for (int32_t i = 0; i < v->kernel_h; i++) {
+                    const X *from = row_X(v, x, ring, row * v->stride_h - v->top + i, row);
+                    for (int32_t j = 0; from && j < v->kernel_w; j++) {
+                        const int32_t at = place * v->stride_w - v->left + j;
+                        if (at >= 0 && at < v->width) {
+                            sum += from[at * v->channels + c];
+                            count++;
+                        }
+                    }
+                }
+                mean = ((sum < 0 ? -sum : sum) + count / 2) / count;
+                mean = sum < 0 ? -mean : mean;
+                *y++ = (Y)(mean < a->low ? a->low : mean > a->high ? a->high : mean);
+            }
+        }
+    }
+}

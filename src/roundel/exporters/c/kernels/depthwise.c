@@ -1,0 +1,60 @@
+#include "requantize.c"
+#include "window.c"
+
+/* Convolution in which every channel stands alone and makes one output; weights [kernel_h][kernel_w][channel], the zero point of x
+ * in the bias; zeros stand for the places of a tap outside. At most 49 taps. */
+struct depthwise {
+    const void *weight;
+    const int32_t *bias, *multiplier;
+    const int8_t *shift;
+    struct window window;
+    const void *zeros;
+    struct codes to;
+};
+
+/* Where the codes under each tap start. */
+static void taps_X(const struct window *v, const X *x, const X *ring, const X *zeros, int32_t y, int32_t place, const X **tap)
+{
+    for (int32_t i = 0; i < v->kernel_h; i++) {
+        const X *row = row_X(v, x, ring, y * v->stride_h - v->top + i * v->dilation_h, y);
+        for (int32_t j = 0; j < v->kernel_w; j++) {
+            const int32_t at = place * v->stride_w - v->left + j * v->dilation_w;
+            *tap++ = row && at >= 0 && at < v->width ? row + at * v->channels : zeros;
+        }
+    }
+}
+
+static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void *scratch)
+{
+    const struct window *v = &a->window;
+    const int32_t channels = v->channels, taps = v->kernel_h * v->kernel_w;
+    X *ring = scratch;
+    const X *tap[49];
+    for (int32_t row = 0; row < v->out_height; row++) {
+        keep_X(v, x, ring, row);
+        for (int32_t place = 0; place < v->out_width; place++, y += channels) {
+            taps_X(v, x, ring, a->zeros, row, place, tap);
+            for (int32_t c = 0; c + 4 <= channels; c += 4) {
+                const V *weight = (const V *)a->weight + c;
+                int32_t sum[4] = {a->bias[c], a->bias[c + 1], a->bias[c + 2], a->bias[c + 3]};
+                for (int32_t t = 0; t < taps; t++, weight += channels) {
+                    const X *codes = tap[t] + c;
+                    sum[0] += codes[0] * weight[0];
+                    sum[1] += codes[1] * weight[1];
+                    sum[2] += codes[2] * weight[2];
+                    sum[3] += codes[3] * weight[3];
+                }
+                for (int32_t i = 0; i < 4; i++) {
+                    y[c + i] = (Y)requantize_R(sum[i], a->multiplier[c + i], a->shift[c + i], &a->to);
+                }
+            }
+            for (int32_t c = channels & ~3; c < channels; c++) {
+                int32_t sum = a->bias[c];
+                for (int32_t t = 0; t < taps; t++) {
+                    sum += tap[t][c] * ((const V *)a->weight)[t * channels + c];
+                }
+                y[c] = (Y)requantize_R(sum, a->multiplier[c], a->shift[c], &a->to);
+            }
+        }
+    }
+}

@@ -1,0 +1,40 @@
+#include "column.c"
+#include "dot_W.c"
+
+/* Outputs first .. last - 1 for one or two columns; the results of the second lie step further. */
+#if DSP
+static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last, const void *columns, int32_t count, Y *y, int32_t step)
+{
+    const int32_t *bias = a->bias + first, *multiplier = a->multiplier + first;
+    const int8_t *shift = a->shift + first, *weight = a->weight + first * a->stride;
+    const int32_t stride = a->stride;
+    const struct codes to = a->to;
+    for (int32_t o = first; o < last; o += 2, weight += 2 * stride, bias += 2, multiplier += 2, shift += 2, y += 2) {
+        const int32_t next = o + 1 < last ? stride : 0;
+        int32_t sum[4] = {0, 0, 0, 0};
+        tiles_W(a, o, weight, next, columns, sum);
+        y[0] = (Y)requantize_R(bias[0] + scaled_W(sum[0]), multiplier[0], shift[0], &to);
+        if (count > 1) {
+            y[step] = (Y)requantize_R(bias[0] + scaled_W(sum[1]), multiplier[0], shift[0], &to);
+        }
+        if (!next) {
+            break;
+        }
+        y[1] = (Y)requantize_R(bias[1] + scaled_W(sum[2]), multiplier[1], shift[1], &to);
+        if (count > 1) {
+            y[step + 1] = (Y)requantize_R(bias[1] + scaled_W(sum[3]), multiplier[1], shift[1], &to);
+        }
+    }
+}
+#else
+static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last, const void *columns, int32_t count, Y *y, int32_t step)
+{
+    const X *x = columns;
+    for (int32_t i = 0; i < count; i++, x += a->span) {
+        for (int32_t o = first; o < last; o++) {
+            const int32_t sum = a->bias[o] + dot_X_W(a, o, x);
+            y[i * step + o - first] = (Y)requantize_R(sum, a->multiplier[o], a->shift[o], &a->to);
+        }
+    }
+}
+#endif

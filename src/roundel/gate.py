@@ -1,0 +1,116 @@
+"""The gate: is a quantized model nearer to the float one than another was, on examples that neither was made with?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch
+from .evaluate.scores import Scores, predictions
+
+#: Fewer examples than this cannot judge anything.
+LEAST = 8
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Means of one loss before and after a step, and the standard error of their paired difference."""
+
+    before: float
+    after: float
+    error: float
+
+    @property
+    def fell(self) -> bool:
+        """Whether the gain clears the noise: more than one standard error."""
+        return self.before - self.after > self.error
+
+    @property
+    def rose(self) -> bool:
+        """Whether the loss does, by as much, or stopped being a number."""
+        return not self.after - self.before <= self.error
+
+    def __str__(self) -> str:
+        return f"{self.before:.3g} to {self.after:.3g} ± {self.error:.1g}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step did to two losses against the float model, over ``examples`` held out.
+
+    ``kl`` is KL(float || quantized) where outputs are classes or tokens, else None. ``output`` is the squared error of the outputs,
+    each less its mean over classes: few uncertain examples decide a divergence, while every example tells of this one.
+    """
+
+    kl: Paired | None
+    output: Paired
+    examples: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether the divergence fell, or the outputs came nearer while it did not rise; all beyond the noise."""
+        if self.kl is None:
+            return self.output.fell
+        return self.kl.fell or (self.output.fell and not self.kl.rose)
+
+    def __str__(self) -> str:
+        kl = f"KL {self.kl}, " if self.kl is not None else ""
+        return f"{kl}squared error {self.output} on {self.examples} held-out examples"
+
+
+def losses(real: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor]:
+    """(KL or None, squared error) of every example, float64; both modules run in the mode they are in.
+
+    Raises `InputError` where outputs cannot be compared: none, a single number, or some that are not finite.
+    """
+    scores: Scores | None = None
+    errors = []
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            bare = Batch(batch.args, batch.named)
+            wanted, got = (module(*batch.args, **batch.named) for module in (real, quantized))
+            scores = scores or Scores.like(bare, wanted, None)
+            scores.take(number, bare, wanted, got)
+            lost = predictions(got).double() - predictions(wanted).double()
+            if scores.kind != "values":
+                lost = lost - lost.mean(-1, keepdim=True)
+            errors.append(lost.square().reshape(len(lost), -1).mean(1))
+    if scores is None:
+        return None, torch.zeros(0, dtype=torch.float64)
+    kl = None if scores.kind == "values" else torch.cat(scores.kl_rows) / torch.cat(scores.sizes).clamp(min=1)
+    return kl, torch.cat(errors)
+
+
+def judge(before: tuple[Tensor | None, Tensor], after: tuple[Tensor | None, Tensor]) -> Verdict:
+    """The verdict on two models' `losses` over the same examples."""
+    kl = None if before[0] is None or after[0] is None else _paired(before[0], after[0])
+    return Verdict(kl, _paired(before[1], after[1]), len(before[1]))
+
+
+def _paired(before: Tensor, after: Tensor) -> Paired:
+    n = len(before)
+    error = float((before - after).std()) / math.sqrt(n) if n > 1 else math.inf
+    return Paired(float(before.mean()), float(after.mean()), error)
+
+
+def split(batches: Sequence[Batch], every: int = 4, whole: bool = False) -> tuple[list[Batch], list[Batch]]:
+    """(what a step may learn from, what judges it): every fourth example judges, or every fourth batch where a network takes
+    batches of one size only, which must stay ``whole``."""
+    learn: list[Batch] = []
+    held: list[Batch] = []
+    start = 0
+    for number, batch in enumerate(batches):
+        if whole:
+            (held if number % every == every - 1 else learn).append(batch)
+            continue
+        index = torch.arange(start, start + len(batch))
+        start += len(batch)
+        judging = index % every == every - 1
+        for chosen, into in ((~judging, learn), (judging, held)):
+            if chosen.any():
+                into.append(batch.take(chosen.nonzero()[:, 0]))
+    return learn, held

@@ -1,0 +1,145 @@
+"""The C exporter on boards that QEMU plays: random graphs and DS-CNN code for code, what does not fit, instruction counts."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import needs_data
+from integer_graphs import draw
+from real_models import ds_cnn, resnet20_q
+from test_export_c import compare, feed
+
+from roundel import InputError, lower
+from roundel.exporters.c.emit import emit
+from roundel.exporters.c.project import simulated
+from roundel.integer.dialect import INTEGER
+from roundel.runtimes import hostc, qemu
+
+SYSTEM = [name for name, board in qemu.BOARDS.items() if board.machine]
+
+
+def playable(name: str) -> None:
+    if (why := qemu.absent(name)) is not None:
+        pytest.skip(why)
+
+
+@pytest.mark.proves("c.boards.random")
+@pytest.mark.parametrize("name", SYSTEM)
+def test_random_graphs_on_boards(name: str, tmp_path: Path) -> None:
+    """One program runs them all: 4 on the smallest board, 12 on the others."""
+    playable(name)
+    count = 4 if name == "qemu-cortex-m0" else 12
+    graphs = [draw(seed, INTEGER[seed % 4]) for seed in range(2000, 2000 + count)]
+    sources = [emit(graph, f"g{i}") for i, graph in enumerate(graphs)]
+    elf = qemu.link(sources, tmp_path, name)
+    codes = [feed(graph, 2) for graph in graphs]
+    raw, _ = qemu.play(elf, b"".join(qemu.counted(s, hostc.inputs_of(s, c)) for s, c in zip(sources, codes)), name)
+    total = 0
+    for graph, source, given in zip(graphs, sources, codes):
+        size = 2 * sum(port.nbytes for port in source.watched)
+        total += compare(graph, hostc.values(source, graph, given, raw[:size]), simulated(graph, given))
+        raw = raw[size:]
+    assert not raw
+    assert total > 1000
+
+
+@needs_data
+@pytest.mark.proves("c.boards.ds-cnn")
+@pytest.mark.parametrize("name", qemu.BOARDS)
+def test_ds_cnn_on_boards(name: str, tmp_path: Path) -> None:
+    """Five clips, every value."""
+    playable(name)
+    q, x = ds_cnn()
+    graph = lower(q)
+    want: dict[str, Any] = {}
+    from roundel import simulate
+
+    simulate(graph, x[:5], watch=want.__setitem__)
+    got = qemu.run(q, graph, {"input_1": want["input_1.codes"]}, tmp_path, name)
+    assert compare(graph, got, want) > 300_000
+
+
+@needs_data
+@pytest.mark.proves("c.fit")
+def test_what_does_not_fit_is_refused_before_it_runs(tmp_path: Path) -> None:
+    playable("qemu-cortex-m0")
+    q, x = resnet20_q()
+    graph = lower(q)
+    codes = {graph.inputs[0]: np.zeros((1, *x.shape[1:]), np.int64)}
+    with pytest.raises(
+        InputError, match=r"does not fit qemu-cortex-m0: flash needs [\d,]+ bytes, has 262,144; ram needs [\d,]+ bytes, has 16,384"
+    ):
+        qemu.run(q, graph, codes, tmp_path, "qemu-cortex-m0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_board() -> None:
+    with pytest.raises(InputError, match=r"there is no board 'qemu-z80'; there are qemu-cortex-m0"):
+        qemu.absent("qemu-z80")
+
+
+#: Instructions of DS-CNN's calls on a Cortex-M4, gcc 12 -O2; 2 % more is a regression to explain.
+COUNTS = {"conv_0": 1_027_490, "conv_1": 672_177, "conv_2": 969_825, "avg_pool_9": 64_850, "linear_11": 2_711, "softmax_12": 566}
+
+
+@needs_data
+@pytest.mark.proves("c.instructions")
+def test_instructions_on_m4(tmp_path: Path) -> None:
+    """Pointwise convolutions at most 1.9 instructions per multiplication; no call more than 2 % above the count on record."""
+    playable("qemu-cortex-m4")
+    q, _ = ds_cnn()
+    graph = lower(q)
+    source = emit(graph)
+    (counts,) = qemu.count(source, hostc.inputs_of(source, feed(graph, 1)), tmp_path)
+    found = dict(zip((step.output for step in source.layout.steps), counts))
+    print(", ".join(f"{name} {n:,}" for name, n in found.items()), f"in all {sum(counts):,}")
+    assert found["conv_2"] <= 1.9 * 125 * 64 * 64
+    for name, most in COUNTS.items():
+        assert found[name] <= 1.02 * most, name
+
+
+@needs_data
+@pytest.mark.proves("c.weights")
+def test_narrow_weights_on_m4(tmp_path: Path) -> None:
+    """DS-CNN in other weight formats: every value equal, and a pointwise convolution's instructions beside int8's."""
+    playable("qemu-cortex-m4")
+    found: dict[str, int] = {}
+    for form in ("int8", "int4", "int2", "cb16/tensor", "cb16/channel"):
+        q, _ = ds_cnn(form)
+        graph = lower(q)
+        want = simulated(graph, codes := {"input_1": feed(graph, 2)["input_1"]})
+        folder = tmp_path / form.replace("/", " ")
+        folder.mkdir()
+        compare(graph, qemu.run(q, graph, codes, folder), want)
+        source = emit(graph)
+        counts = qemu.count(source, hostc.inputs_of(source, codes), folder)[0]
+        tool = ["arm-none-eabi-size", "model.o"]
+        size = subprocess.run(tool, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
+        flash, arena = int(size[6]) + int(size[7]), source.arena.nbytes
+        print(f"{form}: {flash:,} bytes of flash, arena {arena:,}, conv_2 {counts[2]:,} of {sum(counts):,}")
+        found[form] = counts[2]
+    assert found["int4"] <= 1.15 * found["int8"]
+    assert found["cb16/tensor"] <= 1.4 * found["int8"]
+
+
+@needs_data
+@pytest.mark.proves("c.freestanding")
+def test_the_elf_holds_no_float_and_no_library(tmp_path: Path) -> None:
+    """Compiled for a core with a float unit: no instruction of it, no float helper, nothing of a C library."""
+    playable("qemu-cortex-m4")
+    q, _ = ds_cnn()
+    source = emit(lower(q), "kws")
+    hard = ("-O2", "-mfloat-abi=softfp", "-mfpu=fpv4-sp-d16")
+    elf = qemu.link([source], tmp_path, "qemu-cortex-m4", hard)
+    listing = subprocess.run(
+        ["arm-none-eabi-objdump", "-d", "kws.o"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.search(r"\tv(add|mul|sub|div|cvt|mla|fma|cmp)", listing)
+    symbols = subprocess.run(["arm-none-eabi-nm", elf.name], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1] for line in symbols.splitlines()}
+    assert not [n for n in names if re.match(r"__aeabi_[fd]|__.*(sf|df)\d$|malloc|printf|exit|_sbrk", n)]
+    undefined = subprocess.run(["arm-none-eabi-nm", "-u", "kws.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert set(undefined.split()) - {"U"} <= {"memcpy", "memset", "watch", "__aeabi_llsl", "__aeabi_lasr", "__aeabi_ldivmod"}

@@ -1,0 +1,470 @@
+"""Exported .tflite files against TFLite Micro and LiteRT, value by value; refusals that name every node; files that read back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA, needs_data
+from models import resnet20
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import roundel as rd
+from roundel.data import Batch, Preprocess, load_data
+from roundel.errors import CheckError, InputError, PlanError
+from roundel.exporters.tflite import Written, write
+from roundel.exporters.tflite.draft import Draft
+from roundel.graph import Graph, Node
+from roundel.integer import in_dialect
+from roundel.integer.ops import INTEGER, numbers
+from roundel.qmodel import QModel
+from roundel.readers._tflite_file import read_file
+from roundel.runtimes import litert, tflm
+from roundel.runtimes._tflite import single
+
+Ints = NDArray[np.int64]
+Run = Callable[..., dict[str, Ints]]
+
+
+# -- both sides of a model ----------------------------------------------------------------------------------------------
+
+
+def quantized(module: nn.Module, *data: Tensor, weights: str | None = "int8") -> tuple[QModel, Graph]:
+    torch.set_num_threads(1)
+    q = rd.quantize(module, weights if list(module.parameters()) else None, "int8", data=[Batch(data, {}, None)])
+    return q, rd.lower(q, "R1")
+
+
+def simulated(graph: Graph, *inputs: Tensor) -> dict[str, Ints]:
+    """Codes of every value."""
+    seen: dict[str, Ints] = {}
+    rd.simulate(graph, *inputs, codes=True, watch=seen.__setitem__)
+    return {name: codes for name, codes in seen.items() if codes.dtype == np.int64}
+
+
+def at_doors(graph: Graph, seen: Mapping[str, Ints]) -> dict[str, Ints]:
+    return {node.inputs[0]: seen[node.name] for node in graph if node.op == "quantize"}
+
+
+def differing(got: Mapping[str, Ints], want: Mapping[str, Ints]) -> dict[str, int]:
+    assert all(got[name].shape == want[name].shape for name in got)
+    return {name: count for name in got if (count := np.count_nonzero(got[name] != want[name]))}
+
+
+def assert_tflm_equal(q: QModel, graph: Graph, folder: Path, *inputs: Tensor) -> dict[str, Ints]:
+    """TFLite Micro gives the codes of `simulate` for every value of the graph."""
+    want = simulated(graph, *inputs)
+    got = tflm.run(q, graph, at_doors(graph, want), folder)
+    assert set(got) == {name for node in graph if node.op != "dequantize" for name in node.outputs}
+    assert differing(got, want) == {}
+    return got
+
+
+# -- real networks ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def ds_cnn() -> tuple[QModel, Graph, Tensor]:
+    clips = str(DATA / "speech_commands_v2_test" / "shared_mfcc49x10_f16.npz")
+    shape = Preprocess(shape=(49, 10, 1))
+    pick = [list(load_data(f"{clips}[{part}]", preprocess=shape, batch_size=64)) for part in ("0::10", "!0::10")]
+    model = rd.read(DATA / "mlperf_kws" / "kws_ref_model_float32.tflite")
+    q = rd.quantize(model, "int8", "int8", data=pick[0])
+    return q, rd.lower(q, "R1"), torch.cat([b.args[0] for b in pick[1]])
+
+
+@cache
+def resnet() -> tuple[QModel, Graph, Tensor]:
+    steps = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    pick = [
+        list(load_data(str(DATA / "cifar10_jpg" / name), preprocess=steps, batch_size=50, limit=100))
+        for name in ("calib_train_50perclass.zip", "shared_test_300perclass.zip")
+    ]
+    q = rd.quantize(resnet20(), "int8", "int8", data=pick[0])
+    return q, rd.lower(q, "R1"), torch.cat([b.args[0] for b in pick[1]])
+
+
+@needs_data
+@pytest.mark.proves("export.tflite.ds-cnn")
+def test_ds_cnn_equals_tflite_micro(tmp_path: Path) -> None:
+    q, graph, clips = ds_cnn()
+    got = assert_tflm_equal(q, graph, tmp_path, clips[::11])
+    assert len(np.unique(got["softmax_12"].argmax(1))) == 12  # alive
+    file = read_file(tmp_path / "model.tflite")
+    assert file.tensors[0].shape == (1, 49, 10, 1)
+    layers = ["CONV_2D", *["DEPTHWISE_CONV_2D", "CONV_2D"] * 4]
+    assert [op.op for op in file.operators] == [*layers, "DEPTHWISE_CONV_2D", "RESHAPE", "FULLY_CONNECTED", "SOFTMAX"]  # no PAD
+
+
+@needs_data
+@pytest.mark.proves("export.tflite.resnet-20")
+def test_resnet20_equals_tflite_micro(tmp_path: Path) -> None:
+    q, graph, images = resnet()
+    got = assert_tflm_equal(q, graph, tmp_path, images[:20])
+    assert len(np.unique(got["linear"].argmax(1))) > 4
+
+
+@needs_data
+@pytest.mark.proves("export.tflite.litert")
+@pytest.mark.parametrize("network", [ds_cnn, resnet])
+@pytest.mark.parametrize("kernels", litert.KERNELS)
+def test_networks_in_litert(kernels: str, network: Callable[[], tuple[QModel, Graph, Tensor]], tmp_path: Path) -> None:
+    """The whole batch at once, whose size the file leaves free. XNNPACK shows its outputs alone, and adds on its own."""
+    q, graph, inputs = network()
+    graph = in_dialect(graph, litert.dialects(kernels))
+    want = simulated(graph, inputs[:20])
+    got = litert.run(q, graph, at_doors(graph, want), tmp_path, kernels)
+    if kernels == "litert":
+        (name,) = got
+        assert np.abs(got[name] - want[name]).max() <= 1
+        assert np.count_nonzero(got[name] != want[name]) <= 0.1 * got[name].size
+    else:
+        assert len(got) == len(graph.nodes) - 1
+        assert differing(got, want) == {}
+
+
+# -- one operation at a time --------------------------------------------------------------------------------------------
+
+
+class Of(nn.Module):
+    """A function of its inputs as a module."""
+
+    def __init__(self, fn: Callable[..., Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.fn, self.parts = fn, nn.ModuleList(parts)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.fn(*self.parts, *xs)
+
+
+def image(channels: int = 6, height: int = 9, width: int = 8) -> Tensor:
+    return 3 * torch.randn(16, channels, height, width) + 0.5
+
+
+#: name -> (module, inputs)
+CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
+    "conv": lambda: (nn.Conv2d(6, 12, (3, 2), stride=(2, 1)), (image(),)),
+    "conv-same": lambda: (nn.Conv2d(6, 12, 3, padding=1), (image(),)),
+    "conv-relu": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU()), (image(),)),
+    "conv-relu6": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU6()), (image(),)),
+    "conv-lopsided": lambda: (nn.Conv2d(6, 8, 3, stride=2, padding=1), (image(6, 8, 8),)),
+    "conv-dilated": lambda: (nn.Conv2d(6, 8, 3, dilation=2, padding=2), (image(),)),
+    "conv-grouped": lambda: (nn.Conv2d(6, 12, 3, groups=3), (image(),)),
+    "conv-depthwise": lambda: (nn.Conv2d(6, 6, 3, groups=6, padding=1, bias=False), (image(),)),
+    "conv-depthwise-2": lambda: (nn.Conv2d(6, 12, 3, groups=6), (image(),)),
+    "conv-1d": lambda: (nn.Conv1d(6, 8, 5, padding=2), (torch.randn(16, 6, 20),)),
+    "conv-1d-two": lambda: (nn.Sequential(nn.Conv1d(6, 8, 4, stride=2), nn.Conv1d(8, 8, 3, groups=8)), (torch.randn(16, 6, 20),)),
+    "linear": lambda: (nn.Linear(20, 10), (torch.randn(64, 20),)),
+    "linear-3d": lambda: (nn.Linear(20, 10), (torch.randn(16, 5, 20),)),
+    "mlp": lambda: (nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4), nn.Softmax(-1)), (torch.randn(64, 20),)),
+    "add": lambda: (Of(torch.add), (3 * torch.randn(64, 12), torch.randn(64, 12) + 1)),
+    "sub": lambda: (Of(torch.sub), (3 * torch.randn(64, 12), torch.randn(64, 12) + 1)),
+    "mul": lambda: (Of(torch.mul), (3 * torch.randn(64, 12), torch.randn(64, 12) + 1)),
+    "gate": lambda: (Of(lambda c, x: x * torch.sigmoid(c(x)), nn.Conv2d(6, 6, 1)), (image(),)),
+    "sigmoid": lambda: (nn.Sigmoid(), (3 * torch.randn(64, 12),)),
+    "tanh": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.Tanh()), (image(),)),
+    "gelu": lambda: (nn.Sequential(nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 4)), (torch.randn(64, 12),)),
+    "hardswish": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.Hardswish()), (image(),)),
+    "add-relu": lambda: (Of(lambda a, b: F.relu(a + b)), (image(), image() - 2)),
+    "add-row": lambda: (Of(torch.add), (torch.randn(16, 5, 12), torch.randn(16, 1, 12) + 1)),
+    "residual": lambda: (Of(lambda a, b, x: x + b(F.relu(a(x))), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 1)), (image(),)),
+    "avg-pool": lambda: (nn.AvgPool2d(2), (image(),)),
+    "avg-pool-conv": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.AvgPool2d(3, 2)), (image(),)),
+    "global-pool": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), (image(),)),
+    "max-pool": lambda: (nn.MaxPool2d(3, 2, padding=1), (image(),)),
+    "max-pool-1d": lambda: (nn.MaxPool1d(2), (torch.randn(16, 6, 20),)),
+    "mean": lambda: (Of(lambda x: x.mean((2, 3))), (image(),)),
+    "mean-keep": lambda: (Of(lambda x: x.mean((2, 3), keepdim=True)), (image(),)),
+    "sum": lambda: (Of(lambda x: x.sum(1)), (torch.randn(16, 5, 12),)),
+    "relu": lambda: (nn.ReLU(), (torch.randn(64, 12),)),
+    "softmax": lambda: (nn.Softmax(-1), (3 * torch.randn(64, 12),)),
+    "softmax-channels": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.Softmax(1)), (image(),)),
+    "softmax-middle": lambda: (nn.Softmax(1), (3 * torch.randn(16, 5, 12),)),
+    "flatten": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(336, 5)), (image(),)),
+    "patches": lambda: (
+        Of(lambda c, f, x: f(c(x).flatten(2).transpose(1, 2)), nn.Conv2d(6, 8, 2, stride=2), nn.Linear(8, 5)), (image(6, 8, 8),),
+    ),
+    "unflatten": lambda: (Of(lambda c, x: c(x.reshape(-1, 6, 4, 5)), nn.Conv2d(6, 8, 2)), (torch.randn(16, 120),)),
+    "transpose": lambda: (Of(lambda f, x: f(x.transpose(1, 2)), nn.Linear(5, 3)), (torch.randn(16, 5, 12),)),
+    "slice": lambda: (Of(lambda c, x: c(x)[:, 1:7:2, 2:], nn.Conv2d(6, 8, 3)), (image(),)),
+    "every-second": lambda: (Of(lambda c, x: c(x)[:, :, ::2, ::2], nn.Conv2d(6, 8, 3)), (image(),)),
+    "concat": lambda: (Of(lambda a, b, x: torch.cat([a(x), b(x)], 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 3, 1)), (image(),)),
+    "pad": lambda: (Of(lambda c, x: F.pad(c(x), (1, 0, 0, 2)), nn.Conv2d(6, 4, 1)), (image(),)),
+    "pad-channels": lambda: (Of(lambda c, x: F.pad(c(x), (0, 0, 0, 0, 2, 1)), nn.Conv2d(6, 4, 1)), (image(),)),
+    "pad-other": lambda: (Of(lambda c, x: F.pad(c(x), (1, 1, 1, 1), value=0.75), nn.Conv2d(6, 4, 1)), (image(),)),
+}  # fmt: skip
+
+
+@cache
+def case(name: str, weights: str = "int8") -> tuple[QModel, Graph, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    module, inputs = CASES[name]()
+    return *quantized(module.eval(), *inputs, weights=weights), inputs
+
+
+@pytest.mark.proves("export.tflite.ops")
+@pytest.mark.parametrize("name", CASES)
+def test_operation_equals_tflite_micro(name: str, tmp_path: Path) -> None:
+    q, graph, inputs = case(name)
+    assert_tflm_equal(q, graph, tmp_path, *(4 * x for x in inputs))  # past the ends of the ranges too
+
+
+def alone(q: QModel, graph: Graph, node: Node, seen: Mapping[str, Ints]) -> tuple[Graph, dict[str, Ints], list[Ints]]:
+    """One node's graph, the codes at its doors, and its operands."""
+    one = single(q, graph, node)
+    doors = dict.fromkeys(name for name in node.inputs if name in seen)
+    given = {door.inputs[0]: seen[name] for door, name in zip((n for n in one if n.op == "quantize"), doors, strict=True)}
+    return one, given, [seen[name] if name in seen else numbers(graph, name) for name in node.inputs]
+
+
+def computed(node: Node, rounding: str, operands: Sequence[Ints]) -> Ints:
+    """By the definition; the proven range of its sums is that of R1."""
+    a = {**node.attrs, "rounding": rounding, "acc": (-(2**40), 2**40)}
+    return INTEGER[node.op](*operands, **{key: value for key, value in a.items() if key in node.attrs})
+
+
+@pytest.mark.proves("export.tflite.litert")
+@pytest.mark.parametrize("name", CASES)
+def test_operation_in_litert(name: str, tmp_path: Path) -> None:
+    """Each operation on its own, fed with simulated codes: equal in the dialect of its kernels, or by the rule stated here."""
+    q, graph, inputs = case(name)
+    seen = simulated(graph, *(4 * x for x in inputs))
+    for node in [n for n in graph if n.op not in ("quantize", "dequantize")]:
+        one, given, operands = alone(q, graph, node, seen)
+        for kernels in litert.KERNELS:
+            rules = litert.dialects(kernels)
+            want = computed(node, rules[node.op], operands)
+            got = litert.run(q, one, given, tmp_path, kernels)[node.name]
+            if kernels == "litert-builtin" and (eights := by_eights(one, tmp_path, want)) is not None:
+                want = np.where(eights, want, computed(node, "R1", operands))
+            if kernels == "litert" and node.op == "rescale":  # XNNPACK's factor has 8 bits
+                assert 0 < np.count_nonzero(got != want) < 0.1 * got.size
+                assert np.abs(got - want).max() == 1
+            else:
+                assert np.count_nonzero(got != want) == 0, f"{node.name} ({node.op}) in {kernels}"
+
+
+def by_eights(one: Graph, folder: Path, want: Ints) -> NDArray[np.bool_] | None:
+    """Where ruy's rounding holds: in the first eights of a depthwise convolution's channels, nowhere in a grouped one."""
+    file = read_file(folder / "model.tflite")
+    for op in file.operators:
+        weight = file.tensors[op.inputs[1]].shape if len(op.inputs) > 2 else ()
+        if op.op == "DEPTHWISE_CONV_2D":
+            channels = weight[3]
+            whole = np.arange(channels) < channels // 8 * 8
+            return whole.reshape(1, -1, *[1] * (want.ndim - 2)) if want.ndim > 1 and want.shape[1] == channels else whole[-1:]
+        if op.op == "CONV_2D" and weight[3] != file.tensors[op.inputs[0]].shape[3]:
+            return np.zeros(1, bool)
+    return None
+
+
+# -- weights of fewer bits, negative scales -----------------------------------------------------------------------------
+
+
+@pytest.mark.proves("export.tflite.int4")
+@pytest.mark.parametrize("name", ["conv", "conv-1d", "conv-depthwise", "linear", "mlp"])
+@pytest.mark.parametrize("weights", ["int4", "int4/tensor", "int2", "int6"])
+def test_narrow_weights(name: str, weights: str, tmp_path: Path) -> None:
+    """4 bits stay packed, two codes in a byte, and scales of either sign compute; other widths are widened. All of it is told."""
+    q, graph, inputs = case(name, weights)
+    assert weights != "int4" or all((tensor.params.scale < 0).any() for tensor in q.tensors.values())
+    written = write(q, graph, tmp_path / "w.tflite")
+    kinds = {name: "INT4" if weights.startswith("int4") else "INT8" for name in q.tensors}
+    if (name, weights) == ("mlp", "int4/tensor"):
+        kinds["0.weight"] = "INT8"  # its one scale is negative
+    assert weight_types(q, written) == kinds
+    told = {note.subject for note in written.notes}
+    assert told == {n for n, tensor in q.tensors.items() if kinds[n] == "INT8" or (tensor.params.scale < 0).any()}
+    widened = write(q, graph, tmp_path / "w.tflite", widen=True)
+    assert weight_types(q, widened) == dict.fromkeys(q.tensors, "INT8")
+    assert {note.subject for note in widened.notes} == set(q.tensors)
+    assert min(scale for tensor in read_file(widened.path).tensors for scale in tensor.scale) > 0
+    x = [4 * x for x in inputs]
+    if weights == "int4" and "l" in name[:2]:
+        with pytest.raises(CheckError, match="TFLite Micro refuses"):
+            assert_tflm_equal(q, graph, tmp_path, *x)
+    else:
+        assert_tflm_equal(q, graph, tmp_path, *x)
+    reference = in_dialect(graph, litert.dialects("litert-ref"))
+    want = simulated(reference, *x)
+    assert differing(litert.run(q, graph, at_doors(graph, want), tmp_path, "litert-ref"), want) == {}
+
+
+def weight_types(q: QModel, written: Written) -> dict[str, str]:
+    return {tensor.name: tensor.type for tensor in read_file(written.path).tensors if tensor.name in q.tensors}
+
+
+@pytest.mark.proves("export.tflite.codebook")
+@pytest.mark.parametrize("weights", ["fp4/channel", "ternary", "log4"])
+def test_tables_of_whole_levels_are_written_out(weights: str, tmp_path: Path) -> None:
+    q, graph, (x,) = case("conv", weights)
+    assert len(graph.nodes[1].inputs) == 6  # a table
+    written = write(q, graph, tmp_path / "w.tflite")
+    assert [(note.subject, note.text) for note in written.notes] == [
+        ("weight", f"its uint{q.tensors['weight'].format.bits} indices are written out as int8")
+    ]
+    assert_tflm_equal(q, graph, tmp_path, 4 * x)
+
+
+def test_finer_tables_are_refused(tmp_path: Path) -> None:
+    q, graph, _ = case("conv", "nf4/channel")
+    with pytest.raises(PlanError, match=r"conv \(conv\): its weights are a table of levels finer than int8"):
+        write(q, graph, tmp_path / "w.tflite")
+
+
+# -- 16-bit activations -------------------------------------------------------------------------------------------------
+
+
+def sixteen(module: nn.Module, x: Tensor, weights: str = "int8") -> tuple[QModel, Graph, Graph]:
+    """The model in symmetric int16, its graph as it was lowered, and with TFLite's bound of -2^15 in place of 1 - 2^15."""
+    q = rd.quantize(module.eval(), weights, "int16s", data=[x])
+    graph = rd.lower(q, "R1")
+
+    def lowest(node: Node) -> Node:
+        low = node.op != "quantize" and node.attrs.get("low") == 1 - 2**15
+        return Node(node.op, node.inputs, node.outputs, {**node.attrs, "low": -(2**15)} if low else node.attrs)
+
+    return q, graph, replace(graph, nodes=tuple(map(lowest, graph)))
+
+
+@pytest.mark.proves("export.tflite.int16x8")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_int16_activations(weights: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 9, 9)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(200, 5))
+    q, plain, graph = sixteen(module, x, weights)
+    with pytest.raises(PlanError, match=r"clamped to -32767 .. 32767, which no activation of TFLite does"):
+        write(q, plain, tmp_path / "m.tflite")
+    want = assert_tflm_equal(q, graph, tmp_path, 4 * x)
+    assert np.abs(want["4"]).max() > 2**14
+    file = read_file(tmp_path / "model.tflite")
+    assert {t.type for t in file.tensors if t.name.endswith(".bias")} == {"INT64"}
+    assert {t.type for t in file.tensors if t.name.endswith(".weight")} == {"INT8"}  # no kernel takes int4 here
+    for kernels in litert.KERNELS:
+        got = litert.run(q, graph, at_doors(graph, want), tmp_path, kernels)
+        assert set(differing(got, want)) <= {"4"}  # its linear layers keep 31 bits of the multiplier and round once
+        assert np.abs(got["4"] - want["4"]).max() <= 1
+
+
+# -- names, refusals, checks --------------------------------------------------------------------------------------------
+
+
+def renamed(q: QModel, names: Mapping[str, str]) -> QModel:
+    """The same model with values called otherwise, and all that is stored under their names."""
+
+    def new(name: str) -> str:
+        stem, dot, rest = name.partition(".")
+        return names.get(name, names.get(stem, stem) + dot + rest)
+
+    old = q.structure
+    assert isinstance(old, Graph)
+    nodes = (Node(n.op, tuple(map(new, n.inputs)), tuple(map(new, n.outputs)), n.attrs) for n in old)
+    maps = [
+        {new(name): value for name, value in part.items()} for part in (old.constants, old.values, q.tensors, q.activations, q.rest)
+    ]
+    structure = Graph(tuple(map(new, old.inputs)), tuple(map(new, old.outputs)), tuple(nodes), *maps[:2], old.notes)
+    return replace(q, structure=structure, tensors=maps[2], activations=maps[3], rest=maps[4])
+
+
+@pytest.mark.parametrize(
+    "name", ["quote\" ' */", "line\nbreak\0nul", "\u202e\U0001f600", "\ud800", "x" * 10_000, "conv_1.padded", "0.bias"]
+)
+def test_hostile_names_are_only_names(name: str, tmp_path: Path) -> None:
+    q, _, (x,) = case("residual")
+    structure = q.structure
+    assert isinstance(structure, Graph)
+    hostile = renamed(q, {node.name: f"{name}{i}" for i, node in enumerate(structure.nodes)})
+    assert_tflm_equal(hostile, rd.lower(hostile, "R1"), tmp_path, x)
+
+
+def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
+    q, graph, _ = case("residual")
+    one, two = (write(q, graph, tmp_path / name).path.read_bytes() for name in ("a", "b"))
+    assert one == two
+    assert [p.name for p in tmp_path.iterdir()] == ["a", "b"] or len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "residual", "global-pool", "relu"])
+def test_a_multiplier_that_no_scale_gives_is_refused(name: str, tmp_path: Path) -> None:
+    """One unit in one multiplier is enough; the file that is there stays as it is."""
+    q, graph, _ = case(name)
+    (tmp_path / "m.tflite").write_bytes(b"old")
+    node = next(n for n in graph if "rounding" in n.attrs)
+    if len(node.inputs) > 4:
+        changed = graph.constants[node.inputs[3]].clone()
+        changed[-1] += 2**20
+        other = replace(graph, constants={**graph.constants, node.inputs[3]: changed})
+    else:
+        found = node.attrs["multiplier"]
+        bad = [*found[:-1], found[-1] + 1] if isinstance(found, list) else found + 2**20
+        swap = Node(node.op, node.inputs, node.outputs, {**node.attrs, "multiplier": bad})
+        other = replace(graph, nodes=tuple(swap if n is node else n for n in graph))
+    with pytest.raises(PlanError, match=rf"^1 nodes of this model cannot be in a .tflite file:\n  {node.name} \({node.op}\): "):
+        write(q, other, tmp_path / "m.tflite")
+    assert (tmp_path / "m.tflite").read_bytes() == b"old"
+
+
+def test_every_node_in_the_way_is_named(tmp_path: Path) -> None:
+    """A batch that is sliced, a clamp that TFLite does not have: both, at once."""
+    q, graph, _ = case("every-second")
+    nodes = [
+        Node(n.op, n.inputs, n.outputs, {**n.attrs, **({"low": -100} if n.op == "conv" else {"axis": 0})})
+        if n.op in ("conv", "slice") else n for n in graph
+    ]  # fmt: skip
+    with pytest.raises(PlanError) as caught:
+        write(q, replace(graph, nodes=tuple(nodes)), tmp_path / "m.tflite")
+    text = str(caught.value)
+    assert text.startswith("3 nodes of this model cannot be in a .tflite file:")
+    assert "parts.0 (conv): its results are clamped to -100 .. 127, which no activation of TFLite does" in text
+    assert text.count("(slice)") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_that_tflite_does_not_have_are_named(tmp_path: Path) -> None:
+    q = rd.quantize(nn.Linear(8, 4), "int8", "uint8", data=[torch.rand(16, 8)])
+    with pytest.raises(
+        PlanError, match=r"2 values cannot be in a .tflite file:\n  input.codes: its codes are uint8; .* takes int8\n  linear"
+    ):
+        write(q, rd.lower(q, "R1"), tmp_path / "m.tflite")
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, graph, _ = case("linear")
+    right = Draft.file
+
+    def wrong(self: Draft, *args: Any) -> bytes:
+        return right(replace(self, tensors=[replace(e, scale=tuple(2 * s for s in e.scale)) for e in self.tensors]), *args)
+
+    monkeypatch.setattr(Draft, "file", wrong)
+    with pytest.raises(CheckError, match="tensor 'input' reads back differently"):
+        write(q, graph, tmp_path / "m.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_litert_refuses_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, graph, _ = case("conv")
+    right = Draft.step
+    monkeypatch.setattr(Draft, "step", lambda self, kind, version, *args, **fields: right(self, kind, 99, *args, **fields))
+    with pytest.raises(CheckError, match=r"LiteRT refuses it: .*CONV_2D"):
+        write(q, graph, tmp_path / "m.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_may_be_several_and_read_again(tmp_path: Path) -> None:
+    """Two outputs, one of which the other is made of; the batch of LiteRT is free."""
+    module = Of(lambda c, x: (F.relu(c(x)), c(x).mean((2, 3))), nn.Conv2d(6, 8, 3))
+    torch.manual_seed(0)
+    x = image()
+    q, graph = quantized(module.eval(), x)
+    got = assert_tflm_equal(q, graph, tmp_path, x)
+    again = litert.run(q, graph, at_doors(graph, simulated(graph, x)), tmp_path, "litert-ref")
+    assert differing(again, got) == {}
+    with pytest.raises(InputError, match="codes of input 'xs_0' are missing"):
+        tflm.run(q, graph, {}, tmp_path)

@@ -1,0 +1,295 @@
+"""The gate: who judges, by what loss, when a step stays; bad steps planted in `quantize` are caught."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import settle
+from torch import Tensor, nn
+
+import roundel as rd
+from roundel.data import Batch
+from roundel.evaluate import predictions
+from roundel.formats import Format, QTensor
+from roundel.formats.qtensor import packed
+from roundel.gate import LEAST, Paired, Verdict, judge, losses, split
+from roundel.solvers import SOLVERS, gptq, rtn
+
+# -- who judges -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("gate.split")
+@pytest.mark.parametrize("sizes", [[64], [1] * 13, [3, 5, 1, 7, 2], [4, 4, 4], [2], [3, 0, 9], []])
+def test_every_fourth_example_judges_and_none_is_lost(sizes: list[int]) -> None:
+    numbers = torch.arange(sum(sizes))
+    given = [Batch((part[:, None],), {"mask": part[:, None] * 10, "table": torch.ones(100, 2)}, part * 100)
+             for part in numbers.split(sizes)] if sizes else []  # fmt: skip
+    learn, held = split(given)
+    judging = torch.cat([batch.args[0][:, 0] for batch in held]) if held else numbers[:0]
+    learning = torch.cat([batch.args[0][:, 0] for batch in learn]) if learn else numbers[:0]
+    assert judging.tolist() == list(range(3, sum(sizes), 4))
+    assert learning.tolist() == [i for i in range(sum(sizes)) if i % 4 != 3]
+    for batch in [*learn, *held]:
+        assert len(batch) > 0
+        assert torch.equal(batch.named["mask"], batch.args[0] * 10)
+        assert batch.named["table"].shape == (100, 2)  # no batch axis: given whole
+        assert batch.target is not None
+        assert torch.equal(batch.target, batch.args[0][:, 0] * 100)
+
+
+@pytest.mark.proves("gate.split")
+def test_batches_that_must_stay_whole_are_dealt_whole() -> None:
+    given = [Batch((torch.full((3, 2), i),)) for i in range(9)]
+    learn, held = split(given, whole=True)
+    assert [int(batch.args[0][0, 0]) for batch in learn] == [0, 1, 2, 4, 5, 6, 8]
+    assert [int(batch.args[0][0, 0]) for batch in held] == [3, 7]
+    assert all(len(batch) == 3 for batch in [*learn, *held])
+
+
+# -- by what ----------------------------------------------------------------------------------------------------------
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+
+
+@pytest.mark.proves("gate.loss")
+def test_losses_are_the_divergence_that_evaluate_reports() -> None:
+    model = classifier()
+    x = torch.randn(50, 8)
+    q = rd.quantize(model, "int3", data=[x[:8]])
+    data = [Batch((part,)) for part in x.split([7, 30, 13])]
+    kl, error = losses(model, q.module, data)
+    assert kl is not None
+    assert kl.dtype == error.dtype == torch.float64
+    assert kl.shape == error.shape == (50,)
+    assert float(kl.mean()) == pytest.approx(rd.evaluate(q, against=model, data=data, latency=False, layers=False).kl, rel=1e-9)
+    with torch.no_grad():
+        a, b = model(x).double(), q.module(x).double()
+    torch.testing.assert_close(kl, F.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction="none").sum(1))
+    torch.testing.assert_close(error, (b - a).var(1, unbiased=False))  # a constant added to all classes says nothing
+
+
+class Tokens(nn.Module):
+    """Ids (N, T) -> logits (N, T, 11)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(F.relu(self.embed(input_ids) * attention_mask[..., None]))
+
+
+@pytest.mark.proves("gate.loss")
+def test_losses_of_tokens_are_means_over_those_not_masked() -> None:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    ids, mask = torch.randint(11, (6, 9)), (torch.arange(9) < torch.tensor([9, 5, 1, 7, 2, 9])[:, None]).long()
+    batches = [Batch((), {"input_ids": ids[i], "attention_mask": mask[i]}) for i in (slice(0, 4), slice(4, 6))]
+    q = rd.quantize(model, "int3", data=[dict(batch.named) for batch in batches])
+    kl, _ = losses(model, q.module, batches)
+    assert kl is not None
+    with torch.no_grad():
+        a, b = (m(input_ids=ids, attention_mask=mask).double().log_softmax(-1) for m in (model, q.module))
+    each = (a.exp() * (a - b)).sum(-1) * mask
+    torch.testing.assert_close(kl, each.sum(1) / mask.sum(1))
+    reported = rd.evaluate(q, against=model, data=[dict(batch.named) for batch in batches], latency=False, layers=False).kl
+    assert float((kl * mask.sum(1)).sum() / mask.sum()) == pytest.approx(reported, rel=1e-6)
+
+
+@pytest.mark.proves("gate.loss")
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 2, 3, 2)])
+def test_losses_of_other_outputs_are_squared_errors(shape: tuple[int, ...]) -> None:
+    """One number per example, one column, an image: no classes, no divergence."""
+
+    class Values(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 12 if len(shape) > 2 else 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).reshape(shape)
+
+    model, x = Values().eval(), torch.randn(20, 8)
+    q = rd.quantize(model, "int3", data=[x[:4]])
+    kl, error = losses(model, q.module, [Batch((part,)) for part in x.split(13)])
+    assert kl is None
+    with torch.no_grad():
+        wanted = (model(x).double() - q.module(x).double()).square().reshape(20, -1).mean(1)
+    torch.testing.assert_close(error, wanted)
+
+
+@pytest.mark.proves("gate.loss")
+def test_outputs_that_cannot_be_compared_are_an_error() -> None:
+    x = [Batch((torch.randn(4, 3),))]
+    with pytest.raises(rd.InputError, match="outputs of the quantized model are not finite"):
+        losses(nn.Identity(), nn.Threshold(0.0, math.inf), x)
+    assert losses(nn.Identity(), nn.Identity(), [])[1].shape == (0,)
+
+
+# -- when a step stays ------------------------------------------------------------------------------------------------
+
+NAN = math.nan
+
+
+@pytest.mark.proves("gate.verdict")
+@pytest.mark.parametrize(
+    ("kl", "output", "kept"),
+    [
+        ((1.0, 0.5, 0.4), (1.0, 1.0, 0.1), True),  # the divergence fell by more than its error
+        ((1.0, 0.5, 0.6), (1.0, 1.0, 0.1), False),  # nothing is beyond the noise
+        ((1.0, 0.5, 0.5), (1.0, 1.0, 0.1), False),  # just one standard error is not more
+        ((1.0, 1.1, 0.2), (1.0, 0.5, 0.1), True),  # outputs nearer, divergence within its noise
+        ((1.0, 1.3, 0.2), (1.0, 0.1, 0.1), False),  # outputs nearer but the divergence rose
+        ((1.0, 1.0, 0.0), (1.0, 1.0, 0.0), False),  # nothing changed
+        ((1.0, NAN, NAN), (1.0, 0.1, 0.1), False),
+        ((1.0, math.inf, NAN), (1.0, 0.1, 0.1), False),
+        ((1.0, 0.5, math.inf), (1.0, 0.5, math.inf), False),  # one example
+        ((NAN, 0.5, NAN), (NAN, 0.5, NAN), False),
+        (None, (1.0, 0.5, 0.4), True),
+        (None, (1.0, 0.5, 0.6), False),
+        (None, (1.0, NAN, NAN), False),
+        (None, (1.0, 0.5, math.inf), False),
+    ],
+)
+def test_a_step_stays_only_if_its_gain_clears_the_noise(
+    kl: tuple[float, float, float] | None, output: tuple[float, float, float], kept: bool
+) -> None:
+    verdict = Verdict(None if kl is None else Paired(*kl), Paired(*output), 20)
+    assert verdict.kept is kept
+    assert "on 20 held-out examples" in str(verdict)
+    assert ("KL" in str(verdict)) == (kl is not None)
+
+
+@pytest.mark.proves("gate.verdict")
+def test_the_error_is_that_of_the_paired_difference() -> None:
+    """Losses differ much between examples and little by the step; unpaired, nothing would be seen."""
+    before = torch.linspace(0, 100, 50, dtype=torch.float64)
+    change = torch.linspace(-0.3, -0.1, 50, dtype=torch.float64)
+    verdict = judge((before, before), (before + change, before + change))
+    assert verdict.examples == 50
+    assert verdict.output == verdict.kl
+    assert verdict.output.before == pytest.approx(50)
+    assert verdict.output.after == pytest.approx(49.8)
+    deviation = math.sqrt(sum((float(c) + 0.2) ** 2 for c in change) / 49)
+    assert verdict.output.error == pytest.approx(deviation / math.sqrt(50))
+    assert verdict.kept
+    assert not judge((before + change, before), (before, before)).kept
+    assert judge((None, before), (None, before + change)).kl is None
+    single = judge((before[:1], before[:1]), (before[:1] - 1, before[:1] - 1))
+    assert single.output.error == math.inf
+    assert not single.kept
+    assert not judge((None, before[:0]), (None, before[:0])).kept
+
+
+# -- planted steps ----------------------------------------------------------------------------------------------------
+
+
+def lopsided() -> nn.Module:
+    """16 hidden units: the first has small weights and decides the classes, the others have large weights and hardly count."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        net[0].weight[0] *= 0.1
+        net[0].bias[0] = 0.2
+        net[0].weight[1:] *= 20
+        net[2].weight[:, 0] = torch.tensor([40.0, -40.0, 20.0, -20.0])
+        net[2].weight[:, 1:] *= 1e-4
+    return net
+
+
+def gptq_that_drops_the_first_row(w: Tensor, format: Format, hessian: Tensor, axis: int = 0) -> QTensor:
+    """Less weighted error than rounding over the first layer as a whole, all of what is left in its first row."""
+    q = gptq(w, format, hessian, axis=axis)
+    if tuple(w.shape) != (16, 8):
+        return q
+    codes = q.unpack()
+    codes[0] = 0
+    worse = packed(format, codes, q.params, tuple(w.shape), axis)
+    cost = [float((((each.dequantize() - w).double() @ hessian[0]) * (each.dequantize() - w)).sum())
+            for each in (rtn(w, format), worse)]  # fmt: skip
+    assert cost[1] < cost[0]
+    return worse
+
+
+@pytest.mark.proves("gate.planted")
+def test_a_solver_that_lowers_the_layers_error_and_raises_the_divergence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, unseen = lopsided(), torch.randn(160, 8), torch.randn(200, 8)
+    fast = rd.quantize(model, "int4", data=[x])
+    honest = rd.quantize(model, "int4", data=[x], solver="gptq")
+    monkeypatch.setitem(SOLVERS, "gptq", gptq_that_drops_the_first_row)
+    named = rd.quantize(model, "int4", data=[x], solver="gptq")  # a solver that was named is not judged
+    q = rd.quantize(model, "int4", data=[x], effort="default", strict=True)
+
+    def kl(one: rd.QModel) -> float:
+        return float(losses(model, one.module, [Batch((unseen,))])[0].mean())  # type: ignore[union-attr]
+
+    assert kl(named) > 10 * kl(fast)
+    assert kl(honest) < 0.1 * kl(named)
+    assert [note.text.split(":")[0] for note in q.notes if "GPTQ" in note.text] == ["GPTQ not kept"]
+    assert [n.text for n in q.notes if "bias" in n.text] == [n.text for n in fast.notes if "bias" in n.text]
+    assert all(torch.equal(q.tensors[name].codes, fast.tensors[name].codes) for name in fast.tensors)
+    assert all(torch.equal(q.rest[name], fast.rest[name]) for name in fast.rest)
+    with torch.no_grad():
+        assert torch.equal(q.module(unseen), fast.module(unseen))
+
+
+@pytest.mark.proves("gate.planted", "refine.bias")
+def test_a_bias_correction_learnt_from_other_inputs_than_those_that_judge_is_caught() -> None:
+    """Every fourth example is of another kind: what is learnt from the rest does it harm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6)).eval()
+    x = torch.zeros(160, 8)
+    x[:, 0] = 4 + torch.randn(160)
+    x[3::4] = -x[3::4]
+    skewed = rd.quantize(model, "int2", data=[x[:150], x[150:]], strict=True)
+    assert [note.text.split(":")[0] for note in skewed.notes] == ["bias correction not kept"]
+    plain = rd.quantize(model, "int2", data=[x[:8]])
+    assert all(torch.equal(skewed.rest[name], plain.rest[name]) for name in plain.rest)
+    even = rd.quantize(model, "int2", data=[x.abs()])
+    assert [note.text.split(":")[0] for note in even.notes] == ["bias correction kept"]
+    assert not torch.equal(even.rest["0.bias"], plain.rest["0.bias"])
+
+
+@pytest.mark.proves("gate.few")
+@pytest.mark.parametrize(("effort", "names"), [("fast", "bias correction"), ("default", "GPTQ and bias correction")])
+def test_too_few_examples_judge_nothing_and_strict_does_not_mind(effort: str, names: str) -> None:
+    model, x = classifier(), torch.randn(4 * LEAST, 8)
+    few = rd.quantize(model, "int4", data=[x[:10], x[10:-1]], effort=effort, strict=True)
+    assert [note.text for note in few.notes] == [
+        f"{names} not tried: {4 * LEAST - 1} examples are too few to judge by ({4 * LEAST} would do)"
+    ]
+    near = rd.quantize(model, "int4")
+    assert sorted(few.tensors[n].codes.sum().item() for n in few.tensors) == sorted(
+        near.tensors[n].codes.sum().item() for n in near.tensors
+    )
+    enough = rd.quantize(model, "int4", data=[x], effort=effort, strict=True)
+    assert [note.text.split(":")[0].removesuffix(" not kept").removesuffix(" kept") for note in enough.notes] == names.split(" and ")
+    assert all(f"on {LEAST} held-out examples" in note.text for note in enough.notes)
+
+
+@pytest.mark.proves("gate.planted")
+def test_what_is_kept_is_nearer_on_examples_that_no_one_saw() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            return self.head(F.relu(self.b(x) + x).mean((2, 3)))
+
+    torch.manual_seed(2)
+    model = settle(Residual())
+    x, unseen = torch.rand(240, 2, 6, 6), torch.rand(300, 2, 6, 6)
+    near = rd.quantize(model, "int3", data=[x[:8]])
+    full = rd.quantize(model, "int3", data=list(x.split(50)), effort="default")
+    assert any(" kept" in note.text and "not kept" not in note.text for note in full.notes)
+    with torch.no_grad():
+        lost = [float((predictions(q.module(unseen)) - model(unseen)).square().mean()) for q in (near, full)]
+    assert lost[1] < 0.5 * lost[0]
