@@ -18,6 +18,7 @@ import torch
 
 import roundel as rd
 from roundel import cli
+from roundel.cli import measure, models, options, text
 from roundel.data import load_data
 from roundel.formats import ALIASES
 from roundel.formats.grid import TABLES
@@ -111,7 +112,7 @@ def refused(ran: Ran, *words: str) -> None:
 
 @pytest.mark.proves("habits.help")
 def test_every_command_has_help(roundel) -> None:  # type: ignore[no-untyped-def]
-    assert {"formats", "inspect", "calibrate", "quantize", "evaluate", "diff", "demo"} <= set(cli.cli.commands)
+    assert {"formats", "inspect", "calibrate", "quantize", "evaluate", "diff", "demo", "export", "verify"} <= set(cli.cli.commands)
     assert roundel().out == roundel("--help").out
     for name, command in cli.cli.commands.items():
         ran = roundel(name, "--help")
@@ -125,7 +126,7 @@ def test_every_command_has_help(roundel) -> None:  # type: ignore[no-untyped-def
 
 @pytest.mark.proves("seam.torch-free")
 def test_help_and_formats_load_no_torch() -> None:
-    for args in (["--help"], ["quantize", "--help"], ["formats"], ["formats", "q4_k"]):
+    for args in (["--help"], ["quantize", "--help"], ["verify", "--help"], ["formats"], ["formats", "q4_k"]):
         code = (
             f"import sys, roundel.cli\ntry: roundel.cli.main({args})\nfinally: assert not {{'torch', 'numpy'}} & set(sys.modules)"
         )
@@ -228,6 +229,9 @@ def test_what_is_no_slip_of_the_pen_is_not_guessed_at(text: str) -> None:
         ("inspect none.safetensors", "none.safetensors"),
         ("diff none.safetensors other.safetensors", "none.safetensors"),
         ("demo -o score.npz", "score.npz"),
+        ("quantize cli_nets:make --effort much -o out.safetensors", "'fast', 'default'"),
+        ("quantize cli_nets:make --solver magic -o out.safetensors", "'rtn', 'gptq'"),
+        ("quantize cli_nets:make --solver gptq -o out.safetensors", "data"),
     ],
 )
 def test_bad_usage_is_one_sentence_and_status_2(roundel, work: Path, args: str, words: str) -> None:  # type: ignore[no-untyped-def]
@@ -256,10 +260,14 @@ def test_output_is_tried_before_any_work(roundel, work: Path, tmp_path: Path, mo
     refused(ran, "Read-only file system")
 
 
-def test_the_metrics_are_those_of_evaluate() -> None:
+def test_names_written_twice_are_the_same() -> None:
     from roundel.evaluate.scores import METRICS
+    from roundel.quantize import EFFORTS
+    from roundel.solvers import SOLVERS
 
-    assert cli.METRICS == METRICS
+    assert options.METRICS == METRICS
+    assert models.EFFORTS == tuple(EFFORTS)
+    assert models.SOLVERS == tuple(SOLVERS)
 
 
 def test_a_shell_finds_the_command_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -270,10 +278,10 @@ def test_a_shell_finds_the_command_of_the_demo(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "executable", str(tools / "python"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
-    assert cli._command() == ".venv/bin/roundel"
+    assert measure._command() == ".venv/bin/roundel"
     monkeypatch.chdir(tools)
     monkeypatch.setenv("PATH", str(tools))
-    assert cli._command() == "roundel"
+    assert measure._command() == "roundel"
 
 
 def test_errors_name_hostile_paths_inertly(roundel) -> None:  # type: ignore[no-untyped-def]
@@ -362,7 +370,7 @@ def test_inspect_says_what_is_odd() -> None:
 def test_a_terminal_gets_a_table_and_a_pipe_gets_whole_names(roundel, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     long = "block." * 60 + "weight"
     monkeypatch.setenv("COLUMNS", "40")
-    cli._table(("name", "n"), [(long, "1"), ("x", "22")], "lr")
+    text.table(("name", "n"), [(long, "1"), ("x", "22")], "lr")
     plain = roundel("--version").out.splitlines()
     assert plain[:3] == [f"{'name':<{len(long)}}   n", f"{long}   1", f"{'x':<{len(long)}}  22"]
 
@@ -468,6 +476,28 @@ def test_strict_makes_a_fallback_an_error(roundel, work: Path) -> None:  # type:
     assert roundel(*args[:3], "int4/g32*fp32", *args[4:], "--strict").status == 0
 
 
+def test_effort_and_solver_reach_the_artifact(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    """fast without a word; what was asked is in the artifact; effort that has no effect is said."""
+    out = work / "effort.safetensors"
+    args = ("quantize", "cli_nets:make", "--weights", "int3", "-o", out)
+
+    def asked(*more: object) -> tuple[str, str]:
+        ran = roundel(*args, *more)
+        assert ran.status == 0, ran.err
+        said.append("note: effort: --effort default had no effect" in ran.err)
+        made = rd.load(out).provenance
+        return str(made["effort"]), str(made["solver"])
+
+    said: list[bool] = []
+    assert asked() == ("fast", "rtn")
+    assert asked("--data", "calibrate.npz", "--effort", "default")[0] == "default"
+    assert asked("--data", "calibrate.npz", "--solver", "gptq") == ("fast", "gptq")
+    assert said == [False, False, False]
+    asked("--effort", "default")
+    asked("--data", "calibrate.npz", "--effort", "default", "--solver", "rtn")
+    assert said[3:] == [True, True]
+
+
 @pytest.mark.proves("cli.preprocess", "file.preprocess")
 def test_preprocessing_is_stored_and_used_again(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
     (work / "steps.toml").write_text("scale = 2.0\nmean = [0.5]\n")
@@ -543,16 +573,19 @@ def test_strange_paths_work(roundel, work: Path) -> None:  # type: ignore[no-unt
 def test_every_option_is_an_argument_of_the_api() -> None:
     """What a command takes is what the functions it calls take; the rest is where and how to print."""
     from roundel.demo import demo
+    from roundel.verify import vectors
 
-    shown = {"out", "folder", "as_json", "page", "max_kl", "max_flips", "format_text"}
+    shown = {"out", "folder", "as_json", "page", "max_kl", "max_flips", "format_text", "listing"}
     calls = {
         "formats": [], "inspect": [rd.inspect, rd.read], "calibrate": [rd.calibrate, rd.read, load_data], "demo": [demo],
         "quantize": [rd.quantize, rd.read, rd.evaluate], "evaluate": [rd.evaluate, rd.read, rd.load, load_data], "diff": [rd.diff],
+        "export": [rd.export, vectors, load_data], "verify": [rd.verify, rd.verify_log, load_data],
     }  # fmt: skip
-    renamed = {"artifact": "q", "first": "a", "second": "b"}
+    renamed = {"artifact": "q", "first": "a", "second": "b", "board_log": "log"}
     for name, functions in calls.items():
         known = {p for function in functions for p in inspect.signature(function).parameters}
         wanted = {renamed.get(p.name, p.name) for p in cli.cli.commands[name].params} - shown
+        wanted -= {"strict"} if name == "verify" else set()  # what an absent runtime means is for the exit status
         model = {"model"} if name in ("quantize", "inspect", "calibrate") else set()
         assert wanted - known - model == set(), name
 
@@ -619,10 +652,10 @@ def test_calibrate(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
 def test_progress_is_for_terminals_only(roundel, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """A pipe sees nothing (the other tests compare stderr); on a terminal a bar says the stage and the time left."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with cli._progress() as step:
+    with text.progress_bars() as step:
         assert step is not None
         step("calibrating\x1b[2J", 1, 4)
         step("calibrating\x1b[2J", 4, 4)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with cli._progress() as step:
+    with text.progress_bars() as step:
         assert step is None

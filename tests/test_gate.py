@@ -219,7 +219,9 @@ def gptq_that_drops_the_first_row(w: Tensor, format: Format, hessian: Tensor, ax
 
 @pytest.mark.proves("gate.planted")
 def test_a_solver_that_lowers_the_layers_error_and_raises_the_divergence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, unseen = lopsided(), torch.randn(160, 8), torch.randn(200, 8)
+    model = lopsided()
+    mix = torch.ones(8, 8) + 0.5 * torch.randn(8, 8)  # inputs that move together, so that GPTQ has something to gain
+    x, unseen = torch.randn(160, 8) @ mix, torch.randn(200, 8) @ mix
     fast = rd.quantize(model, "int4", data=[x])
     honest = rd.quantize(model, "int4", data=[x], solver="gptq")
     monkeypatch.setitem(SOLVERS, "gptq", gptq_that_drops_the_first_row)
@@ -269,7 +271,9 @@ def test_too_few_examples_judge_nothing_and_strict_does_not_mind(effort: str, na
         near.tensors[n].codes.sum().item() for n in near.tensors
     )
     enough = rd.quantize(model, "int4", data=[x], effort=effort, strict=True)
-    assert [note.text.split(":")[0].removesuffix(" not kept").removesuffix(" kept") for note in enough.notes] == names.split(" and ")
+    assert [note.text.split(":")[0].removesuffix(" not kept").removesuffix(" kept") for note in enough.notes] == names.split(
+        " and "
+    )
     assert all(f"on {LEAST} held-out examples" in note.text for note in enough.notes)
 
 

@@ -187,6 +187,16 @@ def test_inputs_that_were_always_zero_are_rounded_to_nearest(text: str) -> None:
 
 
 @pytest.mark.proves("inputs.hessian")
+def test_dead_inputs_do_not_change_what_the_others_get() -> None:
+    """Nine of ten inputs are dead: the damping of the live ones is still a share of their own mean."""
+    w, x, fmt = weights(16, 300), torch.randn(24, 30), Format.parse("int4/tensor*one")
+    h = torch.zeros(1, 300, 300)
+    h[0, :30, :30] = x.T @ x
+    assert torch.equal(gptq(w, fmt, h).unpack()[:, :30], gptq(w[:, :30], fmt, h[:, :30, :30]).unpack())
+    assert torch.equal(gptq(w, fmt, h).unpack()[:, 30:], rtn(w[:, 30:], fmt).unpack())
+
+
+@pytest.mark.proves("inputs.hessian")
 @pytest.mark.parametrize("text", ["int4", "cb16/channel", "int4/g32"])
 def test_a_group_of_rows_without_any_input_is_rounded_as_if_alone(text: str) -> None:
     w, fmt, h = weights(8, 40), Format.parse(text), hessian(40, 2)

@@ -206,23 +206,27 @@ def test_sixteen_bit_activations(module: nn.Module, xs: tuple[Tensor, ...], op: 
 
 
 @pytest.mark.proves("integer.int16")
-@pytest.mark.parametrize(
-    ("module", "xs", "most"),
-    [
-        (Net(attend), (heads(0), heads(1), heads(2)), 2), (nn.Softmax(-1), (X,), 1),
-        (nn.GELU(), (3 * X,), 2), (nn.Tanh(), (3 * X,), 8), (nn.Sigmoid(), (3 * X,), 2), (nn.Hardswish(), (3 * X,), 40),
-    ],
-    ids=["attention", "softmax", "gelu", "tanh", "sigmoid", "hardswish"],
-)  # fmt: skip
-def test_sixteen_bits_through_tables(module: nn.Module, xs: tuple[Tensor, ...], most: int) -> None:
-    """Lines between 513 entries are a few units of 65,536 off where a function bends, more at the kinks of hard swish."""
+@pytest.mark.parametrize("fn", [F.gelu, torch.tanh, torch.sigmoid, F.hardswish], ids=lambda fn: fn.__name__)
+def test_sixteen_bits_through_tables(fn: Callable[[Tensor], Tensor]) -> None:
+    """513 entries and lines between: a quarter of a second difference is what a line misses, at a kink too."""
+    q, graph = both(Net(lambda x: fn(x)), 3 * X, activations="int16")
+    table = numbers(graph, graph.nodes[1].inputs[1])
+    off = off_by(q, graph, 3 * X)
+    assert graph.nodes[1].op == "table"
+    assert table.shape == (513,)
+    assert np.abs(off).max() <= 1.5 + np.abs(np.diff(table, 2)).max() / 4
+    assert np.abs(off).max() <= 40  # of 65,536
+
+
+@pytest.mark.proves("integer.int16")
+@pytest.mark.parametrize("op", ["attention", "softmax"])
+def test_sixteen_bits_through_exponentials(op: str) -> None:
+    module, xs = (Net(attend), (heads(0), heads(1), heads(2))) if op == "attention" else (nn.Softmax(-1), (X,))
     q, graph = both(module, *xs, activations="int16")
     off = off_by(q, graph, *xs)
-    node = next(n for n in graph if n.op not in ("quantize", "dequantize"))
-    if node.op == "table":
-        assert numbers(graph, node.inputs[1]).shape == (513,)
-    assert np.abs(off).max() <= most
-    assert np.mean(np.abs(off) > 2) <= 0.2
+    assert [node.op for node in graph if "quantize" not in node.op] == [op]
+    assert np.abs(off).max() <= 2
+    assert np.count_nonzero(off) <= 0.25 * off.size
 
 
 def test_integers_go_in_and_out() -> None:

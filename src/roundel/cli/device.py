@@ -109,7 +109,7 @@ def verify_command(
         print_json({name: one.to_dict() for name, one in found.items()})
     else:
         for one in found.values():
-            click.echo(inert(str(one)))
+            click.echo(inert(" ".join(str(one).split())))
         notes([(name, sentence) for name, one in found.items() for sentence in one.notes])
     _conclude(found.values(), strict)
     return None

@@ -513,7 +513,7 @@ def _concat(r: _Reading, op: Operator) -> None:
 
 
 _READ: Mapping[str, Callable[[_Reading, Operator], None]] = {
-    "CONV_2D": _conv, "DEPTHWISE_CONV_2D": _conv, "FULLY_CONNECTED": _linear, "ADD": _pair, "SUB": _pair, "MUL": _pair, "AVERAGE_POOL_2D": _pool,
-    "MAX_POOL_2D": _pool, "SOFTMAX": _softmax, "RESHAPE": _reshape, "PAD": _pad, "QUANTIZE": _rescale, "RELU": _rescale,
-    "TRANSPOSE": _transpose, "PADV2": _pad, "STRIDED_SLICE": _slice, "CONCATENATION": _concat,
+    "CONV_2D": _conv, "DEPTHWISE_CONV_2D": _conv, "FULLY_CONNECTED": _linear, "ADD": _pair, "SUB": _pair, "MUL": _pair,
+    "AVERAGE_POOL_2D": _pool, "MAX_POOL_2D": _pool, "SOFTMAX": _softmax, "RESHAPE": _reshape, "TRANSPOSE": _transpose,
+    "PAD": _pad, "PADV2": _pad, "STRIDED_SLICE": _slice, "CONCATENATION": _concat, "QUANTIZE": _rescale, "RELU": _rescale,
 }  # fmt: skip

@@ -25,7 +25,9 @@ def absent(name: str = NAME) -> str | None:
     """Why this runtime cannot run here, or None."""
     if find_spec("tflite_micro") is None:
         return "the package tflite-micro is not installed: pip install -e '.[edge]' in Roundel's folder"
-    return None if find_spec("ai_edge_litert") else "writing .tflite files needs LiteRT: pip install -e '.[edge]' in Roundel's folder"
+    return (
+        None if find_spec("ai_edge_litert") else "writing .tflite files needs LiteRT: pip install -e '.[edge]' in Roundel's folder"
+    )
 
 
 def dialects(name: str = NAME) -> str:

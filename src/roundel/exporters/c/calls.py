@@ -156,6 +156,7 @@ def planes(rows: Ints, dtype: str) -> tuple[str, Ints]:
 
 
 def to(node: Node) -> dict[str, int]:
+    """Where results go: the code of 0, and the bounds as seen from it."""
     zero = int(node.attrs["y_zero"])
     return {"zero": zero, "floor": node.attrs["low"] - zero, "ceiling": node.attrs["high"] - zero}
 
@@ -171,12 +172,14 @@ def column(depth: int) -> int:
 
 
 def linear(made: Making, node: Node, step: Step) -> Kernel:
+    """Every row of x by the weights."""
     weight = numbers(made.graph, node.inputs[1])
     rows = made.place(step.inputs[0]).count // weight.shape[1]
     return rowwise(made, node, step, weight, rows)
 
 
 def rowwise(made: Making, node: Node, step: Step, weight: Ints, rows: int) -> Kernel:
+    """Rows of codes by weights (outputs, depth): linear layers, and convolutions of one tap."""
     letters, members = product(made, node, weight)
     (x,), y = step.inputs, step.output
     outputs, depth = weight.shape
@@ -188,6 +191,7 @@ def rowwise(made: Making, node: Node, step: Step, weight: Ints, rows: int) -> Ke
 
 
 def conv(made: Making, node: Node, step: Step) -> Kernel:
+    """A convolution: of one tap, of channels that stand alone, or any other."""
     a, weight = node.attrs, numbers(made.graph, node.inputs[1])
     (x,), y = step.inputs, step.output
     view = window(made, x, y, a, weight.shape[2:])
@@ -223,6 +227,7 @@ def conv(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def conv_transpose(made: Making, node: Node, step: Step) -> Kernel:
+    """A transposed convolution, as the codes that reach each place."""
     a, weight = node.attrs, numbers(made.graph, node.inputs[1])
     (x,), y = step.inputs, step.output
     kernel, flat = list(weight.shape[2:]), weight.ndim == 3
@@ -277,10 +282,12 @@ def window(made: Making, x: str, y: str, a: dict[str, Any], kernel: Sequence[int
 
 
 def ring_bytes(made: Making, view: dict[str, int], x: str) -> int:
+    """Bytes of the rows that are kept while x is written over."""
     return view["kept"] * view["width"] * view["channels"] * made.width(x)
 
 
 def pool(made: Making, node: Node, step: Step) -> Kernel:
+    """Pools of all three kinds."""
     a, (x,), y = node.attrs, step.inputs, step.output
     view = window(made, x, y, a, a["kernel"])
     kinds = {"X": made.kind(x), "Y": made.kind(y)}
@@ -331,6 +338,7 @@ def same(made: Making, name: str, y: str) -> bool:
 
 
 def pairwise(made: Making, node: Node, step: Step) -> Kernel:
+    """Operations on two operands that broadcast."""
     a, y = node.attrs, step.output
     out = made.place(y)
     one, two = ([seen_from(made, name, out)[axis] for axis in out.order] for name in step.inputs)
@@ -344,6 +352,7 @@ def pairwise(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def rescale(made: Making, node: Node, step: Step) -> Kernel:
+    """Other units."""
     (x,), y = step.inputs, step.output
     fields = {"count": made.place(y).count, **{k: node.attrs[k] for k in ("x_zero", "multiplier", "shift")}, "to": to(node)}
     kinds = {"X": made.kind(x), "Y": made.kind(y), "R": node.attrs["rounding"]}
@@ -351,6 +360,7 @@ def rescale(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def sum_(made: Making, node: Node, step: Step) -> Kernel:
+    """Sums over axes, in any order of memory."""
     (x,), y, a = step.inputs, step.output, node.attrs
     place = made.place(x)
     gone = [axis % len(place.sizes) for axis in a["axes"]]
@@ -363,6 +373,7 @@ def sum_(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def amax(made: Making, node: Node, step: Step) -> Kernel:
+    """Largest codes over axes, in any order of memory."""
     (x,), y = step.inputs, step.output
     place = made.place(x)
     gone = [axis % len(place.sizes) for axis in node.attrs["axes"]]
@@ -379,6 +390,7 @@ def along(place: Place, axis: int) -> dict[str, int]:
 
 
 def argmax(made: Making, node: Node, step: Step) -> Kernel:
+    """The place of the largest code along an axis."""
     (x,), y = step.inputs, step.output
     place = made.place(x)
     fields = along(place, node.attrs["axis"] % len(place.sizes))
@@ -386,6 +398,7 @@ def argmax(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def gather(made: Making, node: Node, step: Step) -> Kernel:
+    """Slices by a constant index."""
     (x,), y = step.inputs, step.output
     place = made.place(x)
     if node.inputs[1] not in made.graph.constants:
@@ -401,6 +414,7 @@ def gather(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def resize(made: Making, node: Node, step: Step) -> Kernel:
+    """Resizing by tables of rows and columns."""
     (x,), y, a = step.inputs, step.output, node.attrs
     rows, columns = (numbers(made.graph, name).astype(np.int32) for name in node.inputs[1:3])
     _, channels, height, width = made.place(x).sizes
@@ -411,6 +425,7 @@ def resize(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def softmax(made: Making, node: Node, step: Step) -> Kernel:
+    """Softmax along an axis, wherever it lies."""
     (x,), y, a = step.inputs, step.output, node.attrs
     place = made.place(x)
     axis = a["axis"] % len(place.sizes)
@@ -429,6 +444,7 @@ def softmax(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def table(made: Making, node: Node, step: Step) -> Kernel:
+    """A look-up of every code."""
     (x,), y = step.inputs, step.output
     entries = numbers(made.graph, node.inputs[1]).astype(made.dtype(y))
     kinds = {"X": made.kind(x), "Y": made.kind(y)}
@@ -437,6 +453,7 @@ def table(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def prelu(made: Making, node: Node, step: Step) -> Kernel:
+    """Factors by channel and sign."""
     (x,), y, a = step.inputs, step.output, node.attrs
     place = made.place(x)
     multiplier, shift = (numbers(made.graph, name) for name in node.inputs[1:3])
@@ -448,6 +465,7 @@ def prelu(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def norm(made: Making, node: Node, step: Step) -> Kernel:
+    """Layer norm and RMS norm of rows."""
     (x,), y, a = step.inputs, step.output, node.attrs
     weight, bias = (numbers(made.graph, name).reshape(-1).astype(np.int32) for name in node.inputs[1:3])
     count = made.place(x).sizes[-1]
@@ -474,6 +492,7 @@ def heads(made: Making, *names: str) -> tuple[list[list[int]], list[dict[str, in
 
 
 def matmul(made: Making, node: Node, step: Step) -> Kernel:
+    """Products of two values, leading axes broadcast."""
     a, (one, two), y = node.attrs, step.inputs, step.output
     (n, *lead), steps = heads(made, one, two, y)
     if a["transpose_b"]:
@@ -488,6 +507,7 @@ def matmul(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def attention(made: Making, node: Node, step: Step) -> Kernel:
+    """Attention with its softmax, one query at a time."""
     a, (q, k, v), y = node.attrs, step.inputs, step.output
     (n, *lead), steps = heads(made, q, k, v, y)
     *_, queries, depth = made.place(q).sizes
@@ -530,6 +550,7 @@ def copy(
 
 
 def slice_(made: Making, node: Node, step: Step) -> Kernel:
+    """A slice, as a copy."""
     (x,), y, a = step.inputs, step.output, node.attrs
     place, out = made.place(x), made.place(y)
     axis = a["axis"] % len(place.sizes)
@@ -541,6 +562,7 @@ def slice_(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def concat(made: Making, node: Node, step: Step) -> Kernel:
+    """Operands side by side, a copy for each."""
     y, out = step.output, made.place(step.output)
     rank = len(out.sizes)
     axis, at = node.attrs["axis"] % rank, 0
@@ -558,6 +580,7 @@ def several(parts: Sequence[Kernel]) -> Kernel:
 
 
 def expand(made: Making, node: Node, step: Step) -> Kernel:
+    """Copies along axes of size 1."""
     (x,), y = step.inputs, step.output
     out = made.place(y)
     steps = seen_from(made, x, out)
@@ -566,6 +589,7 @@ def expand(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def depth_to_space(made: Making, node: Node, step: Step) -> Kernel:
+    """Channels to places, as a copy over five axes."""
     (x,), y, b = step.inputs, step.output, node.attrs["block"]
     (_, c, h, w), (_, deep, down, right) = made.place(x).sizes, made.place(x).steps
     _, channel, row, place = made.place(y).steps
@@ -575,6 +599,7 @@ def depth_to_space(made: Making, node: Node, step: Step) -> Kernel:
 
 
 def pad(made: Making, node: Node, step: Step) -> Kernel:
+    """A filled result, and a copy into it."""
     (x,), y = step.inputs, step.output
     place, out = made.place(x), made.place(y)
     rank, pads = len(out.sizes), node.attrs["padding"]

@@ -13,7 +13,7 @@ from ...errors import PlanError, RoundelError
 from ...graph import Graph, Node
 from ...qmodel import QModel
 from .. import ops
-from ..check import check_integer
+from ..check import accumulators, check_integer
 from ..dialect import INTEGER, RULES
 from . import rules
 from .making import Lowering
@@ -22,12 +22,13 @@ __all__ = ["in_dialect", "lower"]
 
 
 def lower(q: QModel, dialect: str = "R2") -> Graph:
-    """The integer graph of ``q``: between its doors no float operation and no sum that could leave int32.
+    """The integer graph of ``q``: between its doors no float operation and no sum that could leave its type.
 
     ``dialect`` is the rounding of every rescale: R1 (gemmlowp, TFLite Micro), R2 (one multiplication and shift, ties up), R2a (ties
     away), R3 (ruy); see docs/integer.md. Values keep the names of their sites and PyTorch's layout; weights stay packed. Raises
     `PlanError` with every node that cannot be lowered and why.
 
+    >>> import torch
     >>> from roundel import quantize, simulate
     >>> q = quantize(torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.ReLU()), "int4", "int8", data=[torch.randn(64, 16)])
     >>> graph = lower(q)
@@ -73,6 +74,9 @@ def in_dialect(graph: Graph, dialect: str | Mapping[str, str]) -> Graph:
     def renamed(node: Node) -> Node:
         if "rounding" not in node.attrs or node.attrs.get("wide") or node.op not in chosen:
             return node
-        return Node(node.op, node.inputs, node.outputs, {**node.attrs, "rounding": chosen[node.op]})
+        new = Node(node.op, node.inputs, node.outputs, {**node.attrs, "rounding": chosen[node.op]})
+        if (acc := accumulators(graph, new)) is not None:  # terms rounded by another rule sum to a little more or less
+            new = Node(new.op, new.inputs, new.outputs, {**new.attrs, "acc": list(acc)})
+        return new
 
     return replace(graph, nodes=tuple(map(renamed, graph)))

@@ -101,6 +101,8 @@ class Lowering:
         low, high = (int(end) for end in fmt.extremes)
         if scale == 0:  # a site that was 0 throughout calibration says 0 and nothing else
             return Affine(1.0, zero, zero, zero, str(fmt.grid))
+        if fmt.bits == 16 and zero == 0:
+            low = -(1 << 15)  # 16-bit kernels clamp to the type, one code below where a symmetric format ends
         return Affine(scale, zero, low, high, str(fmt.grid))
 
     def constant(self, name: str, numbers: ArrayLike, dtype: str = "int32") -> str:

@@ -108,7 +108,12 @@ def _prelu(made: Lowering, node: Node) -> None:
 def _sum(made: Lowering, node: Node) -> None:
     axes = list(node.attrs["axes"])
     count = size(made.source, node.inputs[0], axes) if node.op == "mean" else 1
-    _rescaled(made, node, "sum", 1 / count, axes=axes, keepdim=node.attrs.get("keepdim", False))
+    _rescaled(made, node, "sum", _share(count), axes=axes, keepdim=node.attrs.get("keepdim", False))
+
+
+def _share(count: int) -> float:
+    """1 / count as a float32, which is how runtimes that compute a mean as a weighted sum hold it."""
+    return float(np.float32(1 / count))
 
 
 def _avg_pool(made: Lowering, node: Node) -> None:
@@ -120,7 +125,7 @@ def _avg_pool(made: Lowering, node: Node) -> None:
         return made.emit("avg_pool", [node.inputs[0]], node.name, y.dtype, **place, low=low, high=high)
     if ragged:
         raise PlanError("its padding is left out of the mean while its parameters change, so its factor would vary by place")
-    _rescaled(made, node, "sum_pool", 1 / math.prod(a["kernel"]), act=a.get("act"), **place)
+    _rescaled(made, node, "sum_pool", _share(math.prod(a["kernel"])), act=a.get("act"), **place)
 
 
 def _max_pool(made: Lowering, node: Node) -> None:
