@@ -1,6 +1,6 @@
 # One command per job. Each sets up what it needs in .venv first; a second call starts at once.
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint docs clean
+.PHONY: demo test soak verify-boards counts lint docs clean
 
 PYTHON ?= python3.11
 PY := .venv/bin/python
@@ -15,6 +15,12 @@ test: .venv/.dev  ## all tests but the soak
 
 soak: .venv/.dev  ## the long counts: fuzzing, kills, nasty tensors (hours)
 	$(PY) -m pytest -m soak
+
+verify-boards: .venv/.dev  ## the long runs on every board that QEMU plays (an hour or more)
+	$(PY) -m pytest -m soak -k boards
+
+counts: .venv/.dev  ## instructions of DS-CNN on a Cortex-M4; 2 % more than scripts/instructions.json is a failure
+	$(PY) scripts/instructions.py
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

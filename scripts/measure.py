@@ -3,6 +3,8 @@
     python scripts/measure.py float      the models as they came
     python scripts/measure.py static     weights and every edge in int8, over several calibration draws
     python scripts/measure.py weights    weight-only formats
+    python scripts/measure.py integer    the rows of static again, whole in integers
+    python scripts/measure.py flash      DS-CNN in C for a Cortex-M4: flash, arena and instructions beside the divergence
     python scripts/measure.py memory     what is resident, each figure in a process of its own
     python scripts/measure.py reload     equal bytes and equal outputs, in new processes
 
@@ -38,6 +40,7 @@ from roundel.data import Batch, Preprocess, load_data
 from roundel.evaluate import predictions
 from roundel.graph import Graph, GraphModule
 from roundel.network.sites import find_sites
+from roundel.plan import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -329,6 +332,115 @@ def _neighbours(a: Tensor, b: Tensor) -> float:
     """Share of sentences whose nearest other sentence is the same in both."""
     nearest = [(x @ x.T).fill_diagonal_(-1).argmax(1) for x in (a, b)]
     return float((nearest[0] == nearest[1]).float().mean())
+
+
+# -- in integers, and in C --------------------------------------------------------------------------------------------
+
+
+class Simulated(nn.Module):
+    """An integer graph as a module, run by `roundel.simulate`; ``seconds`` is the time it took in all."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph, self.seconds = graph, 0.0
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        start = time.perf_counter()
+        out = torch.from_numpy(rd.simulate(self.graph, *args, **named))
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+def _some(score: Sequence[Batch], limit: int | None, size: int = 50) -> list[Batch]:
+    """``limit`` examples at equal distances through all classes, or all of them, in batches of ``size`` at most."""
+    whole = _join(score)
+    step = max(1, len(whole) // limit) if limit else 1
+    kept = torch.arange(0, len(whole), step)[: limit or None]
+    pick = kept.split(size)
+    return [Batch(tuple(x[i] for x in whole.args), {name: x[i] for name, x in whole.named.items()},
+                  None if whole.target is None else whole.target[i]) for i in pick]  # fmt: skip
+
+
+@cli.command()
+@_models
+@_write
+@click.option("--ranges", default="mse", show_default=True)
+@click.option("--draws", default=3, show_default=True, help="Calibration draws, those of static.")
+@click.option("--limit", type=int, help="At most so many examples of each model score.")
+def integer(names: Sequence[str], write: bool, ranges: str, draws: int, limit: int | None) -> None:
+    """Static int8 lowered to integers in two roundings, against the same model with its float side."""
+    head = ("model", "draw", "examples", "KL static", "KL in R2 (of static)", "KL in R1 (of static)", "flips static, R2, R1",
+            "metric: float, static, R2, R1", "simulated, s")  # fmt: skip
+    with _table(write, *head) as row:
+        for name, case in _chosen(names):
+            if not case.static:
+                continue
+            model, pool, score = case.model(), case.calibrate(), _some(case.score(), limit)
+            network = _network(model, case, pool[0])
+            for draw in range(1, draws + 1):
+                q = rd.quantize(network, "int8", "int8", data=_draw(pool, draw), ranges=ranges)
+                forms = [q.module, *(Simulated(rd.lower(q, dialect)) for dialect in ("R2", "R1"))]
+                runs = [
+                    rd.evaluate(form, against=model, data=score, metric=case.metric, latency=False, layers=False) for form in forms
+                ]
+                kl, flips = [r.kl or 0.0 for r in runs], [r.flips or 0.0 for r in runs]
+                spent = sum(form.seconds for form in forms[1:])
+                row(name, draw, sum(map(len, score)), f"{kl[0]:.5f}", *(f"{k:.5f} ({k / kl[0]:.3f})" for k in kl[1:]),
+                    ", ".join(f"{share:.2%}" for share in flips),
+                    ", ".join(f"{m:.4g}" for m in (runs[0].metric_float, *(r.metric for r in runs))), f"{spent:.0f}")  # fmt: skip
+
+
+#: Weights of DS-CNN, by the name of the row. Mixed: its first convolution and its linear layer keep 8 bits.
+FLASH = {"int8": "int8", "int4": "int4", "mixed": "int4", "16 clusters": "cb16/tensor"}
+
+
+def ds_cnn(kind: str) -> rd.QModel:
+    """DS-CNN as a row of `FLASH`, every edge in int8, calibrated on all its calibration clips."""
+    case = CASES["DS-CNN"]
+    model = case.model()
+    plan = None
+    if kind == "mixed":
+        named = [node.name for node in model.graph if node.op in ("conv", "linear")]
+        kept = tuple(Rule(name, "int8", "int8") for name in (named[0], named[-1]))
+        plan = rd.Plan((Rule("*", "int4", "int8"), *kept))
+    given = () if plan else (FLASH[kind], "int8")
+    return rd.quantize(model, *given, plan=plan, data=_batched(case.calibrate()))
+
+
+@cli.command()
+@_write
+def flash(write: bool) -> None:
+    """Sizes by arm-none-eabi-size of the object that arm-none-eabi-gcc -O2 makes; instructions of one call as QEMU counts them."""
+    from instructions import clip, counted
+
+    from roundel.exporters.c.emit import emit
+
+    case = CASES["DS-CNN"]
+    model, score = case.model(), case.score()
+    head = ("DS-CNN", "weights", "flash: code + constants", "arena (lower bound)", "instructions (of int8)", "KL", "flips", "top1")
+    with _table(write, *head) as row:
+        first = None
+        for kind, weights in FLASH.items():
+            q = ds_cnn(kind)
+            graph = rd.lower(q)
+            arena = emit(graph).arena
+            cost = rd.evaluate(Simulated(graph), against=model, data=score, metric="top1", latency=False, layers=False)
+            with tempfile.TemporaryDirectory() as folder:
+                spent = counted(q, clip(), Path(folder))["in all"].instructions
+                sections = _sections(Path(folder) / "model.o")
+            code = sum(n for name, n in sections.items() if name.startswith(".text"))
+            constants = sum(n for name, n in sections.items() if name.startswith((".rodata", ".data")))
+            first = first or spent
+            row(kind, f"`{weights}`" + (", first and last layer `int8`" if kind == "mixed" else ""),
+                f"{code + constants:,}: {code:,} + {constants:,}", f"{arena.nbytes:,} ({arena.bound:,})",
+                f"{spent:,} ({spent / first:.3f})", f"{cost.kl:.4f}", f"{cost.flips:.2%}", _metric(cost))  # fmt: skip
+
+
+def _sections(path: Path) -> dict[str, int]:
+    """Bytes of each section of an object file, by arm-none-eabi-size."""
+    told = subprocess.run(["arm-none-eabi-size", "-A", path.name], cwd=path.parent, capture_output=True, text=True, check=True)
+    lines = (line.split() for line in told.stdout.splitlines() if line.startswith("."))
+    return {name: int(size) for name, size, *_ in lines}
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -266,8 +266,8 @@ def test_names_written_twice_are_the_same() -> None:
     from roundel.solvers import SOLVERS
 
     assert options.METRICS == METRICS
-    assert models.EFFORTS == tuple(EFFORTS)
-    assert models.SOLVERS == tuple(SOLVERS)
+    assert tuple(EFFORTS) == models.EFFORTS
+    assert tuple(SOLVERS) == models.SOLVERS
 
 
 def test_a_shell_finds_the_command_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -515,6 +515,24 @@ def test_preprocessing_is_stored_and_used_again(roundel, work: Path) -> None:  #
     with torch.no_grad():
         p, r = net(x).log_softmax(1), q.module(x).log_softmax(1)
     assert told["kl"] == pytest.approx((p.exp() * (p - r)).sum(1).mean().item(), rel=1e-3)
+
+
+@pytest.mark.proves("cli.preprocess")
+def test_preprocessing_is_done_once(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]
+    """Ranges are those of x * 2 - 0.5, as by hand; and it is stored without data, too."""
+    (work / "steps.toml").write_text("scale = 2.0\nmean = [0.5]\n")
+    x = np.load(work / "calibrate.npz")["x"]
+    np.savez(work / "once.npz", x=x)
+    out = work / "once.safetensors"
+    more = ("--activations", "int8", "--ranges", "minmax", "--data", "once.npz")
+    assert roundel("quantize", "cli_nets:make", "-o", out, "--preprocess", "steps.toml", *more).status == 0
+    wanted = rd.quantize(rd.read("cli_nets:make"), "int8", "int8", data=[torch.from_numpy(x) * 2 - 0.5], ranges="minmax")
+    site = rd.load(out).structure.inputs[0]
+    one, two = (q.activations[site].params for q in (rd.load(out), wanted))
+    assert one is not None
+    assert torch.equal(one.scale, two.scale)
+    assert roundel("quantize", "cli_nets:make", "-o", out, "--preprocess", "steps.toml").status == 0
+    assert rd.load(out).provenance["preprocess"] == {"scale": 2.0, "mean": [0.5]}
 
 
 def test_weights_that_no_file_gave_are_mentioned(roundel, work: Path) -> None:  # type: ignore[no-untyped-def]

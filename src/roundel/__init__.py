@@ -33,6 +33,7 @@ _WHERE = {
     "lower": "integer",
     "quantize": "quantize",
     "read": "readers",
+    "read_integer": "readers",
     "simulate": "integer",
     "verify": "verify",
     "verify_log": "verify",

@@ -13,14 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from . import __version__
 from .calibrate import Progress, calibrate, evaluating, list_of_batches, one_thread, run
-from .data import Batch, Preprocess, batches
+from .data import Batch, Data, Preprocess, batches
 from .errors import CheckError, FormatError, InputError, PlanError
 from .evaluate import near_chance, predictions
 from .formats.format import MODEL, Format, with_real
 from .formats.grid import Levels, Uniform
 from .formats.qtensor import QTensor, to_matrix
 from .gate import LEAST, judge, losses, split
-from .graph import Graph, GraphModule, Node
+from .graph import BATCH, Graph, GraphModule, Node
 from .network.capture import capture
 from .network.fuse import fuse
 from .network.huggingface import hf_config
@@ -121,8 +121,9 @@ def quantize(
         "seed": seed,
         "calibration_batches": len(items) if items is not None else 0,
     }
-    if preprocess is not None:
-        provenance["preprocess"] = preprocess.to_dict()
+    applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
+    if applied is not None and applied != Preprocess():
+        provenance["preprocess"] = applied.to_dict()
     q = network.finish(tensors, chosen, plan, provenance, ())
     with one_thread(), evaluating(model):
         if items is not None and tensors:
@@ -151,6 +152,9 @@ class _GraphNetwork:
         ]
         self.tied = {f"{node.name}.weight": node for node in graph.nodes if _reads_anothers(node, self.found)}
         self.sites: set[str] = set()
+        # batches must keep their size where the first input has no axis for them, or a fixed one
+        first = graph.values.get(next(iter(graph.inputs), ""))
+        self.whole = first is not None and BATCH not in first.shape[:1]
         _left(notes, [node.inputs[1] for node in graph.nodes if node.op in WEIGHTED and node.inputs[1] in graph.constants
                       and node.inputs[1] not in self.found])  # fmt: skip
 
@@ -202,6 +206,7 @@ class _ModuleNetwork:
         named = {member(name, "weight"): one for name, one in self.found.items()}
         self.targets = [_Target(name, one.weight, one.axis) for name, one in named.items() if name not in self.tied]
         self.sites = {member(name, "input") for name in self.found}
+        self.whole = False
         _left(notes, [name for name, p in module.named_parameters() if p.ndim >= 2 and name not in named])
 
     def resolve(self, plan: Plan) -> dict[str, Choice | None]:
@@ -555,10 +560,13 @@ def _on_grid(target: _Target, fmt: Format) -> bool:
 def _refined(network: _GraphNetwork | _ModuleNetwork, q: QModel, items: list[Batch], solver: str | None, effort: str,
              progress: Progress | None, notes: list[Note]) -> QModel:  # fmt: skip
     """``q`` after the steps that ``effort`` names, those that were measured to help; a solver that was named is not judged."""
-    learn, held = (_limited(part) for part in split(items))
+    learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
     judges = sum(map(len, held))
     if solver in NEED_HESSIAN:
-        q = network.refined(q, learn if judges else items, SOLVERS[solver], False, progress)
+        rounded, q = q, network.refined(q, learn if judges else items, SOLVERS[solver], False, progress)
+        if left := [name for name, tensor in q.tensors.items() if tensor is rounded.tensors[name]]:
+            why = "it solves convolutions and linear layers that the data reaches"
+            notes.append(Note("model", f"{len(left)} weights are rounded to nearest, not by {solver}: {_some(left)}; {why}"))
     ladder: list[tuple[str, Callable[..., QTensor] | None, bool]]
     ladder = [(name.upper(), SOLVERS[name], False) for name in [EFFORTS[effort]] if name and solver is None]
     if isinstance(network, _GraphNetwork):
@@ -568,22 +576,32 @@ def _refined(network: _GraphNetwork | _ModuleNetwork, q: QModel, items: list[Bat
             told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
             notes.append(Note("model", f"{' and '.join(name for name, *_ in ladder)} not tried: {told}"))
         return q
-    loss = losses(network.module, q.module, held)
+    try:
+        loss = losses(network.module, q.module, held)
+    except InputError as err:
+        notes.append(Note("model", f"{' and '.join(name for name, *_ in ladder)} not tried: there is nothing to judge by, {err}"))
+        return q
     for name, solve, bias in ladder:
         new = network.refined(q, learn, solve, bias, progress)
-        new_loss = losses(network.module, new.module, held)
+        try:
+            new_loss = losses(network.module, new.module, held)
+        except InputError as err:
+            notes.append(Note("model", f"{name} not kept: {err}"))
+            continue
         verdict = judge(loss, new_loss)
         notes.append(Note("model", f"{name} {'kept' if verdict.kept else 'not kept'}: {verdict}"))
         if verdict.kept:
             q, loss = new, new_loss
+            if solve is not None:
+                q = replace(q, provenance={**q.provenance, "solver": name.lower()})
     return q
 
 
-def _limited(batches: list[Batch]) -> list[Batch]:
-    """The first `EXAMPLES` examples."""
+def _limited(batches: list[Batch], whole: bool) -> list[Batch]:
+    """The first `EXAMPLES` examples, or the batches that hold them."""
     out, left = [], EXAMPLES
     for batch in batches:
         if left > 0:
-            out.append(batch if len(batch) <= left else batch.take(torch.arange(left)))
+            out.append(batch if whole or len(batch) <= left else batch.take(torch.arange(left)))
             left -= len(batch)
     return out

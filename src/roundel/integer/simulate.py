@@ -62,10 +62,10 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
 # -- the same sums, faster ----------------------------------------------------------------------------------------------
 
 
-def _floating(x: Ints, rows: Ints) -> torch.dtype | None:
+def _floating(x: Ints, rows: Ints) -> type[np.floating[Any]] | None:
     """A type that holds every partial sum of x by ``rows`` (n, terms) exactly, whatever the order; None if there is none."""
     reach = float(np.abs(x).max(initial=0)) * float(np.abs(rows).sum(1).max(initial=0))
-    return torch.float32 if reach < 2**24 else torch.float64 if reach < 2**53 else None
+    return np.float32 if reach < 2**24 else np.float64 if reach < 2**53 else None
 
 
 def _linear_sums(x: Ints, w: Ints) -> Ints:
@@ -90,8 +90,9 @@ def _conv_sums(x: Ints, w: Ints, stride: Sequence[int], padding: Sequence[int], 
     return _whole(conv(F.pad(_tensor(x, dtype), list(padding)), _tensor(w, dtype), None, tuple(stride), 0, tuple(dilation), groups))
 
 
-def _tensor(x: Ints, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+def _tensor(x: Ints, dtype: type[np.floating[Any]]) -> Tensor:
+    """A copy, since torch has no negative strides, which a flipped axis of size 1 keeps even where an array counts as contiguous."""
+    return torch.from_numpy(x.astype(dtype, order="C"))
 
 
 def _whole(sums: Tensor) -> Ints:

@@ -1,4 +1,7 @@
-"""`read`: any supported file or folder -> an ordinary `nn.Module`; each kind of file has a module of its own here."""
+"""`read`: any supported file or folder -> an ordinary `nn.Module`; `read_integer`: an integer .tflite -> an integer graph.
+
+Each kind of file has a module of its own here.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import AnyPath, open_regular, read_header, show
+from ..graph import Graph
 
-__all__ = ["read", "reader_notes"]
+__all__ = ["read", "read_integer", "reader_notes"]
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -51,6 +55,30 @@ def read(path: AnyPath, *, inputs: Sequence[int | str] | None = None, state: Any
 
         return GraphModule(read_tflite(text, inputs=inputs)).eval()
     raise InputError(f"{show(path)} {_INSTEAD[kind]}")
+
+
+def read_integer(path: AnyPath) -> Graph:
+    """Read a .tflite file whose activations are int8 as the graph of integers that TFLite Micro computes, code for code.
+
+    Inputs and outputs are real numbers in the file's own shapes, (N, ...) where it has a leading 1; between the doors values are in
+    PyTorch's layout and named ``{operation}_{operator index}``, and every rescale rounds by R1. `roundel.simulate` runs the graph,
+    with ``codes=True`` in the runtime's own numbers. There is no float model in it to calibrate or to quantize again.
+
+    Raises `InputError` for a damaged file, one that is not int8 throughout, and operators that are not supported, all named.
+    Specification: TensorFlow Lite's schema, version 3, and its 8-bit quantization specification.
+
+    >>> import torch
+    >>> from roundel import export, quantize, simulate
+    >>> x = torch.randn(64, 16)
+    >>> q = quantize(torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.ReLU()), "int8", "int8", data=[x])
+    >>> _ = export(q, "model.tflite", target="tflite")
+    >>> graph = read_integer("model.tflite")
+    >>> [node.op for node in graph], simulate(graph, x).shape
+    (['quantize', 'linear', 'dequantize'], (64, 4))
+    """
+    from ._tflite_integer import read_integer as read_file
+
+    return read_file(os.fsdecode(path))
 
 
 def reader_notes(module: nn.Module) -> tuple[str, ...]:

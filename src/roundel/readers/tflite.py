@@ -99,9 +99,11 @@ def _refuse_quantized(file: File, starts: Sequence[int], operators: Sequence[Ope
     codes = [i for i in sorted(made) if file.tensors[i].type in ("INT8", "UINT8", "INT16", "INT4") and len(file.tensors[i].scale)]
     if codes:
         first = file.tensors[codes[0]]
+        whole = len(codes) == len(made) and {file.tensors[i].type for i in codes} == {"INT8"}
+        instead = ", or take its integers as they are: roundel.read_integer(path)" if whole else ""
         raise InputError(
             f"{file.path}: already quantized: {len(codes)} of {len(made)} activations are {first.type.lower()} "
-            f"(the first is {first.name!r}); start from the float model it was made of"
+            f"(the first is {first.name!r}); start from the float model it was made of{instead}"
         )
 
 

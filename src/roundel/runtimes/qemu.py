@@ -69,9 +69,9 @@ def absent(name: str = NAME) -> str | None:
     return f"{' and '.join(missing)} not found; install the packages of those names" if missing else None
 
 
-def dialects(name: str = NAME) -> str:
-    """C rounds as each node of the graph says: that of the default is R2."""
-    return "R2"
+def dialects(name: str = NAME) -> dict[str, str]:
+    """None of its own: the C rounds as each node of the graph says."""
+    return {}
 
 
 def run(q: QModel | None, graph: Graph, codes: Mapping[str, Ints], folder: Path, name: str = NAME) -> dict[str, Ints]:

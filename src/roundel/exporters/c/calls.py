@@ -65,7 +65,7 @@ class Making:
     def kind(self, name: str) -> str:
         """The letters of a value's C type."""
         low, high = extremes(self.place(name).dtype)
-        if self.place(name).dtype == "int32":
+        if self.place(name).dtype == "int32" or name in self.graph.inputs:  # token ids are int32 here
             return "s32"
         if low < -(2**15) or high >= 2**15 or (high >= 256 and low == 0):
             raise PlanError(f"{name!r} is {self.place(name).dtype}; C kernels take codes of up to 16 signed or 8 unsigned bits")
@@ -86,9 +86,17 @@ def kernel(made: Making, step: Step) -> Kernel:
         return copy(made, step.inputs[0], step.output, made.place(step.inputs[0]).order)
     if step.node.op not in KERNELS:
         raise PlanError("there is no C kernel for it yet")
-    if step.node.attrs.get("wide"):
-        raise PlanError("its sums leave int32, and C kernels sum in int32 yet")
     return KERNELS[step.node.op](made, step.node, step)
+
+
+def rule(node: Node) -> str:
+    """The letters of a node's rounding; wide sums are int64 and have one of their own."""
+    return "wide" if node.attrs.get("wide") else str(node.attrs["rounding"])
+
+
+def sums(node: Node) -> type[np.signedinteger[Any]]:
+    """The type of a node's sums, and of its bias."""
+    return np.int64 if node.attrs.get("wide") else np.int32
 
 
 # -- weighted ---------------------------------------------------------------------------------------------------------
@@ -96,7 +104,7 @@ def kernel(made: Making, step: Step) -> Kernel:
 
 def product(made: Making, node: Node, weight: Ints) -> tuple[str, dict[str, Any]]:
     """Letters of the weights (rows, n), and the members they give; the zero point of x moves into the bias."""
-    table = levels_of(made, node)
+    table = levels_of(made, node.inputs[5:])
     bias, multiplier, shift = (numbers(made.graph, name) for name in node.inputs[2:5])
     if table is None:
         letters, packed = planes(weight, made.graph.values[node.inputs[1]].dtype)
@@ -107,11 +115,11 @@ def product(made: Making, node: Node, weight: Ints) -> tuple[str, dict[str, Any]
     bias = bias - node.attrs["x_zero"] * weight.sum(1)
     low, high = extremes(made.place(node.inputs[0]).dtype)
     scaled = max(-low, high) * np.abs(weight).sum(1) * {"s4": 16, "s2": 64}.get(letters, 1)
-    if max(np.abs(bias).max(initial=0), (np.abs(bias) + scaled).max(initial=0)) > INT32:
+    if not node.attrs.get("wide") and max(np.abs(bias).max(initial=0), (np.abs(bias) + scaled).max(initial=0)) > INT32:
         raise PlanError("its sums, with the zero point of its input in the bias, could leave int32; split the layer")
     return letters, {
         "weight": packed,
-        "bias": bias.astype(np.int32),
+        "bias": bias.astype(sums(node)),
         "multiplier": multiplier.astype(np.int32),
         "shift": shift.astype(np.int8),
         **extra,
@@ -119,11 +127,11 @@ def product(made: Making, node: Node, weight: Ints) -> tuple[str, dict[str, Any]
     }
 
 
-def levels_of(made: Making, node: Node) -> Ints | None:
-    """The levels that a node's weights are indices into, (1 or rows, up to 16); None where weights are numbers."""
-    if len(node.inputs) <= 5:
+def levels_of(made: Making, names: Sequence[str]) -> Ints | None:
+    """The levels that weights are indices into, (1 or rows, up to 16), of the constant named last; None where there is none."""
+    if not names:
         return None
-    table = numbers(made.graph, node.inputs[5])
+    table = numbers(made.graph, names[-1])
     if table.shape[1] > 16:
         raise PlanError(f"its weights are indices into {table.shape[1]} levels; C kernels take up to 16")
     return np.pad(table, [(0, 0), (0, 16 - table.shape[1])])
@@ -185,7 +193,7 @@ def rowwise(made: Making, node: Node, step: Step, weight: Ints, rows: int) -> Ke
     outputs, depth = weight.shape
     fits = made.kind(x) == made.kind(y) and outputs <= depth
     fields = {"product": {**members, "depth": depth, "span": span(depth), "to": to(node)}, "rows": rows, "outputs": outputs}
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": node.attrs["rounding"], "W": letters}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node), "W": letters}
     scratch = column(depth) + members.get("lead", 0)
     return Kernel("linear", kinds, (x, y), fields, x if fits else None, scratch, scratch)
 
@@ -197,7 +205,7 @@ def conv(made: Making, node: Node, step: Step) -> Kernel:
     view = window(made, x, y, a, weight.shape[2:])
     weight = weight if weight.ndim == 4 else weight[..., None]  # one axis of places: rows of one place each
     outputs, channels, *_ = weight.shape
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"]}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
     over = x if view["kept"] else None
     ring = ring_bytes(made, view, x)
     pointwise = weight.shape[2:] == (1, 1) and view["stride_h"] == view["stride_w"] == 1
@@ -226,6 +234,23 @@ def conv(made: Making, node: Node, step: Step) -> Kernel:
     return Kernel("conv", kinds | {"W": letters}, (x, y), fields, over, shared=before + ring, apart=before)
 
 
+def embedding(made: Making, node: Node, step: Step) -> Kernel:
+    """Rows of weights by ids, unpacked as they are read."""
+    (ids,), y = step.inputs, step.output
+    weight, multiplier, shift = (numbers(made.graph, name) for name in node.inputs[1:4])
+    table = levels_of(made, node.inputs[4:])
+    if table is None:
+        letters, packed = planes(weight, made.graph.values[node.inputs[1]].dtype)
+        extra: dict[str, Any] = {}
+    else:
+        letters, packed = "c4", nibbles(weight)
+        extra = {"levels": table.astype(np.int16), "level_step": 16 if len(table) > 1 else 0}
+    fields = {"weight": packed, "multiplier": multiplier.reshape(-1).astype(np.int32), "shift": shift.reshape(-1).astype(np.int8)}
+    fields |= {"count": made.place(ids).count, "vocabulary": len(weight), "depth": weight.shape[1], "stride": packed.shape[1]}
+    kinds = {"X": made.kind(ids), "Y": made.kind(y), "R": rule(node), "W": letters}
+    return Kernel("embedding", kinds, (ids, y), fields | extra | {"each": int(multiplier.size > 1), "to": to(node)})
+
+
 def conv_transpose(made: Making, node: Node, step: Step) -> Kernel:
     """A transposed convolution, as the codes that reach each place."""
     a, weight = node.attrs, numbers(made.graph, node.inputs[1])
@@ -246,14 +271,14 @@ def conv_transpose(made: Making, node: Node, step: Step) -> Kernel:
         first, second = ends.get(name, (f"{name}h", f"{name}w"))
         fields |= {first: one, second: two}
     fields |= {"channels": channels, "groups": a["groups"], "outputs": outputs}
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"], "W": letters}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node), "W": letters}
     scratch = column(rows.shape[1]) + members.get("lead", 0)
     return Kernel("conv_transpose", kinds, (x, y), fields, None, scratch, scratch)
 
 
 def stood_for(made: Making, node: Node) -> Ints:
     """The weights of a node as numbers, whether they are stored so or as indices."""
-    return levels(numbers(made.graph, node.inputs[1]), levels_of(made, node))
+    return levels(numbers(made.graph, node.inputs[1]), levels_of(made, node.inputs[5:]))
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
@@ -293,7 +318,7 @@ def pool(made: Making, node: Node, step: Step) -> Kernel:
     kinds = {"X": made.kind(x), "Y": made.kind(y)}
     fields: dict[str, Any] = {"window": view}
     if node.op == "sum_pool":
-        kinds["R"] = a["rounding"]
+        kinds["R"] = rule(node)
         fields |= {"x_zero": a["x_zero"], "multiplier": a["multiplier"], "shift": a["shift"], "to": to(node)}
     else:
         fields |= {"low": a["low"], "high": a["high"]}
@@ -343,7 +368,7 @@ def pairwise(made: Making, node: Node, step: Step) -> Kernel:
     out = made.place(y)
     one, two = ([seen_from(made, name, out)[axis] for axis in out.order] for name in step.inputs)
     n, a_step, b_step = loops([out.sizes[axis] for axis in out.order], one, two)
-    kinds = {letter: made.kind(name) for letter, name in zip("XZY", (*step.inputs, y))} | {"R": a["rounding"]}
+    kinds = {letter: made.kind(name) for letter, name in zip("XZY", (*step.inputs, y))} | {"R": rule(node)}
     fields = {"n": n, "a_step": a_step, "b_step": b_step, "to": to(node)}
     fields |= {key: a[key] for key in ("a_zero", "b_zero", "left", "multiplier", "shift") if key in a}
     roots = [made.place(name).root for name in step.inputs]
@@ -355,7 +380,7 @@ def rescale(made: Making, node: Node, step: Step) -> Kernel:
     """Other units."""
     (x,), y = step.inputs, step.output
     fields = {"count": made.place(y).count, **{k: node.attrs[k] for k in ("x_zero", "multiplier", "shift")}, "to": to(node)}
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": node.attrs["rounding"]}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
     return Kernel("rescale", kinds, (x, y), fields, x if same(made, x, y) else None)
 
 
@@ -369,7 +394,7 @@ def sum_(made: Making, node: Node, step: Step) -> Kernel:
     over, strides = loops(*([part[axis] for axis in place.order if axis in gone] for part in (place.sizes, place.steps)))
     fields = {"n": n, "step": steps, "over": over, "stride": strides, "to": to(node)}
     fields |= {key: a[key] for key in ("x_zero", "multiplier", "shift")}
-    return Kernel("sum", {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"]}, (x, y), fields)
+    return Kernel("sum", {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}, (x, y), fields)
 
 
 def amax(made: Making, node: Node, step: Step) -> Kernel:
@@ -421,7 +446,7 @@ def resize(made: Making, node: Node, step: Step) -> Kernel:
     fields = {"rows": rows, "columns": columns, "height": height, "width": width, "channels": channels}
     fields |= {"out_height": len(rows), "out_width": len(columns), "to": to(node)}
     fields |= {key: a[key] for key in ("bits", "x_zero", "multiplier", "shift")}
-    return Kernel("resize", {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"]}, (x, y), fields)
+    return Kernel("resize", {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}, (x, y), fields)
 
 
 def softmax(made: Making, node: Node, step: Step) -> Kernel:
@@ -429,26 +454,23 @@ def softmax(made: Making, node: Node, step: Step) -> Kernel:
     (x,), y, a = step.inputs, step.output, node.attrs
     place = made.place(x)
     axis = a["axis"] % len(place.sizes)
-    count, inner = place.sizes[axis], place.steps[axis]
     table = numbers(made.graph, node.inputs[1]).astype(np.int32)
-    fields = {
-        "table": table,
-        "outer": place.count // (count * inner),
-        "count": count,
-        "step": inner,
-        "bits": a["bits"],
-        "to": to(node),
-    }
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"]}
-    return Kernel("softmax", kinds, (x, y), fields, x if same(made, x, y) else None)
+    fields = {"table": table, **along(place, axis), "bits": a["bits"], "to": to(node)}
+    steps = {key: a[key] for key in ("reach", "multiplier", "shift") if "reach" in a}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
+    return Kernel("softmax_steps" if steps else "softmax", kinds, (x, y), fields | steps, x if same(made, x, y) else None)
 
 
 def table(made: Making, node: Node, step: Step) -> Kernel:
-    """A look-up of every code."""
-    (x,), y = step.inputs, step.output
+    """A look-up of every code, or of 16 bits lines between entries."""
+    (x,), y, bits = step.inputs, step.output, node.attrs.get("bits", 0)
+    if bits > 14:
+        raise PlanError(f"its table has an entry for every 2^{bits} codes; C kernels draw lines over up to 2^14")
     entries = numbers(made.graph, node.inputs[1]).astype(made.dtype(y))
     kinds = {"X": made.kind(x), "Y": made.kind(y)}
     fields = {"table": entries, "count": made.place(y).count, "first": node.attrs["first"]}
+    if bits:
+        return Kernel("table_lines", kinds, (x, y), fields | {"bits": bits}, x if same(made, x, y) else None)
     return Kernel("table", kinds, (x, y), fields, x if same(made, x, y) else None)
 
 
@@ -460,18 +482,18 @@ def prelu(made: Making, node: Node, step: Step) -> Kernel:
     count, inner = multiplier.shape[1], place.steps[1] if multiplier.shape[1] > 1 else place.count
     fields = {"multiplier": multiplier.astype(np.int32), "shift": shift.astype(np.int8), "outer": place.count // (count * inner)}
     fields |= {"count": count, "step": inner, "x_zero": a["x_zero"], "to": to(node)}
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"]}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
     return Kernel("prelu", kinds, (x, y), fields, x if same(made, x, y) else None)
 
 
 def norm(made: Making, node: Node, step: Step) -> Kernel:
     """Layer norm and RMS norm of rows."""
     (x,), y, a = step.inputs, step.output, node.attrs
-    weight, bias = (numbers(made.graph, name).reshape(-1).astype(np.int32) for name in node.inputs[1:3])
+    weight, bias = (numbers(made.graph, name).reshape(-1) for name in node.inputs[1:3])
     count = made.place(x).sizes[-1]
-    fields = {"weight": weight, "bias": bias, "eps": a["eps"], "rows": made.place(x).count // count, "count": count}
+    fields = {"weight": weight.astype(np.int32), "bias": bias.astype(sums(node)), "eps": a["eps"], "rows": made.place(x).count // count, "count": count}
     fields |= {key: int(a[key]) for key in ("centred", "bits", "x_zero", "multiplier", "shift")} | {"to": to(node)}
-    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": a["rounding"]}
+    kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
     return Kernel("norm", kinds, (x, y), fields, x if same(made, x, y) else None)
 
 
@@ -502,7 +524,7 @@ def matmul(made: Making, node: Node, step: Step) -> Kernel:
     for letter, head, step_ in zip("aby", lead, steps):
         fields |= {f"{letter}_head": head, f"{letter}_row": step_["row"], f"{letter}_column": step_["column"]}
     fields |= {key: a[key] for key in ("a_zero", "b_zero", "multiplier", "shift")}
-    kinds = {letter: made.kind(name) for letter, name in zip("XZY", (one, two, y))} | {"R": a["rounding"]}
+    kinds = {letter: made.kind(name) for letter, name in zip("XZY", (one, two, y))} | {"R": rule(node)}
     return Kernel("matmul", kinds, (one, two, y), fields)
 
 
@@ -523,10 +545,10 @@ def attention(made: Making, node: Node, step: Step) -> Kernel:
         fields |= {f"{letter}_head": head, f"{letter}_row": step_["row"], f"{letter}_column": step_["column"]}
     fields |= {key: a[key] for key in ("q_zero", "k_zero", "v_zero", "reach", "multiplier", "shift", "bits")}
     fields |= {"causal": int(a["causal"])}
-    kinds = {letter: made.kind(name) for letter, name in zip("XZVY", (q, k, v, y))} | {"R": a["rounding"]}
+    kinds = {letter: made.kind(name) for letter, name in zip("XZVY", (q, k, v, y))} | {"R": rule(node)}
     others = {made.place(name).root for name in (k, v)}
     over = q if same(made, q, y) and made.place(q).root not in others else None
-    return Kernel("attention", kinds, (q, k, v, y), fields, over, 4 * keys, 4 * keys)
+    return Kernel("attention", kinds, (q, k, v, y), fields, over, *[sums(node)().itemsize * keys] * 2)
 
 
 # -- moving codes -----------------------------------------------------------------------------------------------------
@@ -611,7 +633,7 @@ def pad(made: Making, node: Node, step: Step) -> Kernel:
 
 
 KERNELS: dict[str, Callable[[Making, Node, Step], Kernel]] = {
-    "conv": conv, "linear": linear, "add": pairwise, "sub": pairwise, "mul": pairwise, "sum": sum_, "sum_pool": pool,
+    "conv": conv, "linear": linear, "embedding": embedding, "add": pairwise, "sub": pairwise, "mul": pairwise, "sum": sum_, "sum_pool": pool,
     "avg_pool": pool, "max_pool": pool, "rescale": rescale, "table": table, "prelu": prelu, "softmax": softmax, "norm": norm,
     "matmul": matmul, "attention": attention, "conv_transpose": conv_transpose, "amax": amax, "argmax": argmax,
     "gather": gather, "resize": resize, "expand": expand, "depth_to_space": depth_to_space, "slice": slice_, "concat": concat,

@@ -1,7 +1,7 @@
 """C99 text of an integer graph: one file of constants, kernels and calls, one header; nothing is allocated and nothing is float.
 
 The kernels come from `kernels/`, each once for the types, weights and rounding that a network needs: X, Z, V and Y stand for types
-of codes, R for a rounding, W for weights. Not here: folders, self-tests and builds (`project`).
+of codes, S for that of sums, R for a rounding, W for weights. Not here: folders, self-tests and builds (`project`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .calls import Kernel, Making, kernel
 from .layout import Layout, Place, lay
 
 #: Letters of a type -> the type.
-TYPES = {"s8": "int8_t", "u8": "uint8_t", "s16": "int16_t", "s32": "int32_t"}
+TYPES = {"s8": "int8_t", "u8": "uint8_t", "s16": "int16_t", "s32": "int32_t", "s64": "int64_t"}
 
 #: Bytes of one code by C type.
 WIDTHS = {"int8_t": 1, "uint8_t": 1, "int16_t": 2, "int32_t": 4}
@@ -144,7 +144,7 @@ class _Ports:
     def __init__(self, graph: Graph, made: Making, arena: Arena) -> None:
         self.made, self.arena = made, arena
         doors = {node.name: node.attrs for node in graph if node.op in ("quantize", "dequantize")}
-        self.inputs = tuple(self.port(v, name, doors[v]) for name, v in made.layout.inputs.items())
+        self.inputs = tuple(self.port(v, name, doors.get(v)) for name, v in made.layout.inputs.items())
         self.outputs = tuple(self.port(v, v, doors[real]) for real, v in made.layout.outputs.items())
 
     def port(self, value: str, name: str | None = None, door: Mapping[str, Any] | None = None) -> Port:
@@ -174,7 +174,7 @@ class _Texts:
         for block in blocks(text):
             if match := re.fullmatch(r'#include "(\w+)\.c"', block):
                 self.include(match[1], kinds)
-            else:
+            elif not re.match(r"(/\*.*?\*/\n)?#if DSP_s64\n(?!.*#else)", block, re.S):  # nothing for any compiler
                 self.parts.setdefault(block)
 
 
@@ -208,8 +208,9 @@ def _whole(piece: Sequence[str]) -> bool:
 
 def filled(text: str, kinds: Mapping[str, str]) -> str:
     """Letters in names (``dot_X_W``) become letters of types; alone (``const X *x``) they become types."""
-    text = re.sub(r"_([XZVYRW])(?=[_(\W])", lambda m: "_" + kinds.get(m[1], m[1]), text + " ")[:-1]
-    return re.sub(r"\b([XZVY])\b", lambda m: TYPES[kinds[m[1]]] if m[1] in kinds else m[1], text)
+    kinds = {"S": "s64" if kinds.get("R") == "wide" else "s32", **kinds}
+    text = re.sub(r"_([XZVYRWS])(?=[_(\W])", lambda m: "_" + kinds.get(m[1], m[1]), text + " ")[:-1]
+    return re.sub(r"\b([XZVYS])\b", lambda m: TYPES[kinds[m[1]]] if m[1] in kinds else m[1], text)
 
 
 # -- constants --------------------------------------------------------------------------------------------------------

@@ -121,6 +121,11 @@ class _Laying:
 
     def run(self) -> Layout:
         inputs, outputs = {}, {}
+        quantized = {node.inputs[0] for node in self.graph if node.op == "quantize"}
+        for name in self.graph.inputs:
+            if name not in quantized:  # ids, which come as they are
+                self.put(name, range(len(self.graph.values[name].shape)))
+                inputs[name] = name
         for node in self.graph:
             if node.op == "quantize":
                 rank = len(self.graph.values[node.name].shape)
@@ -184,6 +189,8 @@ class _Laying:
             inputs, order = [self.ordered(inputs[0], [*own, rank - 1])], (*own, rank - 1)
         elif node.op in ("matmul", "attention"):
             order = self.common(inputs[:1], rank)
+        elif node.op == "embedding":
+            order = (*self.operand(inputs[0]).order, rank - 1)
         elif node.op in REDUCING:
             order = self.left_by(node, inputs[0], rank)
         elif node.op == "expand" and len(self.operand(inputs[0]).sizes) != rank:
@@ -195,7 +202,7 @@ class _Laying:
 
     def is_value(self, node: Node, name: str) -> bool:
         """Whether an operand is a value that flows, or a constant in the place of one, rather than a parameter of the operation."""
-        return name not in self.graph.constants or node.op in FLOWING
+        return name not in self.graph.constants or node.op in FLOWING or (node.op == "embedding" and name == node.inputs[0])
 
     def common(self, inputs: Sequence[str], rank: int) -> tuple[int, ...]:
         """The order of the largest operand of that rank; its own where there is none."""

@@ -79,25 +79,27 @@ def write(
 
 
 def examples(graph: Graph) -> dict[str, Ints]:
-    """Codes for the self-test: uniform over what each input can hold, of a fixed seed."""
+    """Codes for the self-test: uniform over what each input can hold, of a fixed seed; ids over the smallest vocabulary."""
     rng = np.random.default_rng(0)
-    doors = [node for node in graph if node.op == "quantize"]
-    shapes = {node.name: tuple(size for size in graph.values[node.name].shape[1:] if isinstance(size, int)) for node in doors}
+    doors = {node.inputs[0]: (node.attrs["low"], node.attrs["high"]) for node in graph if node.op == "quantize"}
+    rows = [graph.values[node.inputs[1]].shape[0] for node in graph if node.op == "embedding"]
+    ids = (0, min((size for size in rows if isinstance(size, int)), default=1) - 1)
+    shapes = {name: [size for size in graph.values[name].shape[1:] if isinstance(size, int)] for name in graph.inputs}
     return {
-        node.inputs[0]: rng.integers(node.attrs["low"], node.attrs["high"], (EXAMPLES, *shapes[node.name]), endpoint=True)
-        for node in doors
+        name: rng.integers(*doors.get(name, ids), (EXAMPLES, *shapes[name]), endpoint=True)  # type: ignore[call-overload]
+        for name in graph.inputs
     }
 
 
 def simulated(graph: Graph, codes: Mapping[str, Ints]) -> dict[str, Ints]:
     """Every value's codes, from codes at the inputs."""
-    real = {
-        node.inputs[0]: ((codes[node.inputs[0]] - node.attrs["zero"]) * np.float32(node.attrs["scale"])).astype(np.float32)
-        for node in graph
-        if node.op == "quantize"
-    }
+    real = {name: codes[name] for name in graph.inputs}
+    for node in graph:
+        if node.op == "quantize":
+            name, a = node.inputs[0], node.attrs
+            real[name] = ((codes[name] - a["zero"]) * np.float32(a["scale"])).astype(np.float32)
     seen: dict[str, Any] = {}
-    simulate(graph, watch=seen.__setitem__, **real) if len(real) > 1 else simulate(graph, *real.values(), watch=seen.__setitem__)
+    simulate(graph, *real.values(), watch=seen.__setitem__)
     return seen
 
 

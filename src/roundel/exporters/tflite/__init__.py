@@ -17,7 +17,8 @@ from ...graph import Graph
 from ...qmodel import Note, QModel
 from .draft import Draft, schema
 from .layout import Order
-from .ops import TRANSLATE, Translation
+from .ops import TRANSLATE
+from .translation import Translation
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,21 @@
  * for (dot_c4). */
 struct product {
     const int8_t *weight;
-    const int32_t *bias, *multiplier;
+    const void *bias; /* int32_t, or int64_t where sums are */
+    const int32_t *multiplier;
     const int8_t *shift;
     const int16_t *levels;
     int32_t depth, stride, span, lead, level_step;
     struct codes to;
 };
 
-#if DSP
-typedef int16_t column_X;
+#if DSP_S
+typedef int16_t column_X_S;
 
 /* The scratch of column 0 or 1: groups of 4 codes of both columns alternate, each in the order 0 2 1 3. */
-static column_X *column_at_X(const struct product *a, void *scratch, int32_t column)
+static column_X_S *column_at_X_S(const struct product *a, void *scratch, int32_t column)
 {
-    column_X *to = (column_X *)scratch + 4 * column;
+    column_X_S *to = (column_X_S *)scratch + 4 * column;
     for (int32_t k = (a->depth & ~3); k < a->span; k += 4) {
         to[2 * k] = to[2 * k + 1] = to[2 * k + 2] = to[2 * k + 3] = 0;
     }
@@ -28,25 +29,25 @@ static column_X *column_at_X(const struct product *a, void *scratch, int32_t col
 }
 
 /* n codes of a column from its code k on. */
-static void put_X(column_X *column, int32_t k, const X *codes, int32_t n)
+static void put_X_S(column_X_S *column, int32_t k, const X *codes, int32_t n)
 {
     const int32_t whole = k & 3 ? 0 : n & ~3;
-    spread_X(column, k, codes, whole);
+    spread_X_S(column, k, codes, whole);
     for (int32_t i = whole; i < n; i++) {
         const int32_t at = k + i;
         column[(at >> 2 << 3) + ((at & 1) << 1) + (at >> 1 & 1)] = codes[i];
     }
 }
 #else
-typedef X column_X;
+typedef X column_X_S;
 
-static column_X *column_at_X(const struct product *a, void *scratch, int32_t column)
+static column_X_S *column_at_X_S(const struct product *a, void *scratch, int32_t column)
 {
-    return (column_X *)scratch + column * a->span;
+    return (column_X_S *)scratch + column * a->span;
 }
 
 /* n codes of a column from its code k on. */
-static void put_X(column_X *column, int32_t k, const X *codes, int32_t n)
+static void put_X_S(column_X_S *column, int32_t k, const X *codes, int32_t n)
 {
     for (int32_t i = 0; i < n; i++) {
         column[k + i] = codes[i];

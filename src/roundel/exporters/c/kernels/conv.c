@@ -10,7 +10,7 @@ struct conv {
     int32_t groups, outputs, columns;
 };
 
-static void window_X(const struct conv *a, const X *x, const X *ring, int32_t y, int32_t place, int32_t group, column_X *column)
+static void window_X_S(const struct conv *a, const X *x, const X *ring, int32_t y, int32_t place, int32_t group, column_X_S *column)
 {
     const struct window *v = &a->window;
     const int32_t channels = v->channels / a->groups;
@@ -20,7 +20,7 @@ static void window_X(const struct conv *a, const X *x, const X *ring, int32_t y,
         for (int32_t j = 0; j < v->kernel_w; j++, k += channels) {
             const int32_t at = place * v->stride_w - v->left + j * v->dilation_w;
             const int32_t inside = row && at >= 0 && at < v->width;
-            put_X(column, k, inside ? row + at * v->channels + group * channels : a->zeros, channels);
+            put_X_S(column, k, inside ? row + at * v->channels + group * channels : a->zeros, channels);
         }
     }
 }
@@ -30,7 +30,7 @@ static void conv_X_Y_R_W(const struct conv *a, const X *x, Y *y, void *scratch)
     const int32_t outputs = a->outputs / a->groups;
     void *columns = (char *)scratch + a->product.lead;
     X *ring = (X *)(void *)((char *)scratch + a->columns);
-#if DSP
+#if DSP_S
     begin_W(&a->product, scratch);
 #endif
     for (int32_t row = 0; row < a->window.out_height; row++) {
@@ -40,7 +40,7 @@ static void conv_X_Y_R_W(const struct conv *a, const X *x, Y *y, void *scratch)
             for (int32_t group = 0; group < a->groups; group++) {
                 const int32_t first = group * outputs;
                 for (int32_t i = 0; i < count; i++) {
-                    window_X(a, x, ring, row, place + i, group, column_at_X(&a->product, columns, i));
+                    window_X_S(a, x, ring, row, place + i, group, column_at_X_S(&a->product, columns, i));
                 }
                 product_X_Y_R_W(&a->product, first, first + outputs, columns, count, y + first, a->outputs);
             }

@@ -5,7 +5,8 @@
  * in the bias; zeros stand for the places of a tap outside. At most 49 taps. */
 struct depthwise {
     const void *weight;
-    const int32_t *bias, *multiplier;
+    const void *bias; /* int32_t, or int64_t where sums are */
+    const int32_t *multiplier;
     const int8_t *shift;
     struct window window;
     const void *zeros;
@@ -28,6 +29,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
 {
     const struct window *v = &a->window;
     const int32_t channels = v->channels, taps = v->kernel_h * v->kernel_w;
+    const S *bias = a->bias;
     X *ring = scratch;
     const X *tap[49];
     for (int32_t row = 0; row < v->out_height; row++) {
@@ -36,7 +38,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
             taps_X(v, x, ring, a->zeros, row, place, tap);
             for (int32_t c = 0; c + 4 <= channels; c += 4) {
                 const V *weight = (const V *)a->weight + c;
-                int32_t sum[4] = {a->bias[c], a->bias[c + 1], a->bias[c + 2], a->bias[c + 3]};
+                S sum[4] = {bias[c], bias[c + 1], bias[c + 2], bias[c + 3]};
                 for (int32_t t = 0; t < taps; t++, weight += channels) {
                     const X *codes = tap[t] + c;
                     sum[0] += codes[0] * weight[0];
@@ -49,7 +51,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                 }
             }
             for (int32_t c = channels & ~3; c < channels; c++) {
-                int32_t sum = a->bias[c];
+                S sum = bias[c];
                 for (int32_t t = 0; t < taps; t++) {
                     sum += tap[t][c] * ((const V *)a->weight)[t * channels + c];
                 }

@@ -1,6 +1,6 @@
 /* Weights are indices into 16 levels, each row's level_step after the one before. A byte holds two: of 4 weights, 0 and 2, then 1 and
  * 3. Where all rows share their levels, the scratch begins with both levels of every byte, as two 16-bit numbers. */
-#if DSP
+#if DSP_S
 static void begin_c4(const struct product *a, void *scratch)
 {
     word_t *pairs = scratch;
@@ -38,12 +38,12 @@ static inline int32_t scaled_c4(int32_t sum)
 }
 #endif
 
-#if !DSP
-static int32_t dot_X_c4(const struct product *a, int32_t row, const X *x)
+#if !DSP_S
+static S dot_X_S_c4(const struct product *a, int32_t row, const X *x)
 {
     const uint8_t *weight = (const uint8_t *)a->weight + row * a->stride;
     const int16_t *levels = a->levels + row * a->level_step;
-    int32_t sum = 0;
+    S sum = 0;
     for (int32_t i = 0; i < a->depth; i++) {
         sum += x[i] * levels[(weight[(i >> 2 << 1) + (i & 1)] >> ((i & 2) << 1)) & 15];
     }

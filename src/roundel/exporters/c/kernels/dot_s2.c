@@ -1,5 +1,5 @@
 /* 4 bytes hold 16 weights of int2, the lowest two bits of each the first 4. */
-#if DSP
+#if DSP_S
 /* Two rows of weights, next bytes apart, by two columns; the
  * sums are 64 times too large, since weights stay in the upper bits. */
 static inline void tiles_s2(const struct product *a, int32_t o, const int8_t *weight, int32_t next, const void *columns, int32_t sum[4])
@@ -29,13 +29,13 @@ static inline int32_t scaled_s2(int32_t sum)
 }
 #endif
 
-#if !DSP
+#if !DSP_S
 /* Sum of depth products of codes by weights. */
-static int32_t dot_X_s2(const struct product *a, int32_t row, const X *x)
+static S dot_X_S_s2(const struct product *a, int32_t row, const X *x)
 {
     const int8_t *weight = a->weight + row * a->stride;
     const int32_t depth = a->depth;
-    int32_t sum = 0;
+    S sum = 0;
     for (int32_t i = 0; i < depth; i += 16, weight += 4) {
         for (int32_t j = 0; j < 16 && i + j < depth; j++) {
             const int32_t code = (weight[j & 3] >> (j >> 2 << 1)) & 3;

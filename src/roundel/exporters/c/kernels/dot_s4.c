@@ -1,5 +1,5 @@
 /* 4 bytes hold 8 weights of int4, the lower halves the first 4. */
-#if DSP
+#if DSP_S
 /* Two rows of weights, next bytes apart, by two columns; the
  * sums are 16 times too large, since weights stay in the upper bits. */
 static inline void tiles_s4(const struct product *a, int32_t o, const int8_t *weight, int32_t next, const void *columns, int32_t sum[4])
@@ -27,13 +27,13 @@ static inline int32_t scaled_s4(int32_t sum)
 }
 #endif
 
-#if !DSP
+#if !DSP_S
 /* Sum of depth products of codes by weights. */
-static int32_t dot_X_s4(const struct product *a, int32_t row, const X *x)
+static S dot_X_S_s4(const struct product *a, int32_t row, const X *x)
 {
     const int8_t *weight = a->weight + row * a->stride;
     const int32_t depth = a->depth;
-    int32_t sum = 0;
+    S sum = 0;
     for (int32_t i = 0; i < depth; i += 8, weight += 4) {
         for (int32_t j = 0; j < 8 && i + j < depth; j++) {
             const int32_t code = (weight[j & 3] >> (j & 4)) & 15;

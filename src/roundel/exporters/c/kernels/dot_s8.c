@@ -1,4 +1,4 @@
-#if DSP
+#if DSP_S
 /* Two rows of weights, next bytes apart, by two columns. */
 static inline void tiles_s8(const struct product *a, int32_t o, const int8_t *weight, int32_t next, const void *columns, int32_t sum[4])
 {
@@ -29,13 +29,13 @@ static inline int32_t scaled_s8(int32_t sum)
 }
 #endif
 
-#if !DSP
+#if !DSP_S
 /* Sum of depth products of codes by int8 weights. */
-static int32_t dot_X_s8(const struct product *a, int32_t row, const X *x)
+static S dot_X_S_s8(const struct product *a, int32_t row, const X *x)
 {
     const int8_t *weight = a->weight + row * a->stride;
     const int32_t depth = a->depth;
-    int32_t sum = 0;
+    S sum = 0;
     for (int32_t i = 0; i < depth; i++) {
         sum += x[i] * weight[i];
     }

@@ -6,6 +6,8 @@ typedef uint64_t __attribute__((may_alias, aligned(4))) words_t;
 #else
 #define DSP 0
 #endif
+#define DSP_s32 DSP
+#define DSP_s64 0 /* sums of 64 bits */
 
 #if DSP
 /* Bytes 0 and 2 of a word as two signed 16-bit numbers. */

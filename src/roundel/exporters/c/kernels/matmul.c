@@ -17,9 +17,9 @@ static void matmul_X_Z_Y_R(const struct matmul *p, const X *a, const Z *b, Y *y)
             Y *to = y + i * p->y_head[0] + j * p->y_head[1] + row * p->y_row;
             for (int32_t column = 0; column < p->columns; column++) {
                 const Z *other = b + i * p->b_head[0] + j * p->b_head[1] + column * p->b_column;
-                int32_t sum = 0;
+                S sum = 0;
                 for (int32_t k = 0; k < p->depth; k++) {
-                    sum += (one[k * p->a_column] - p->a_zero) * (other[k * p->b_row] - p->b_zero);
+                    sum += (S)(one[k * p->a_column] - p->a_zero) * (other[k * p->b_row] - p->b_zero);
                 }
                 to[column * p->y_column] = (Y)requantize_R(sum, p->multiplier, p->shift, &p->to);
             }

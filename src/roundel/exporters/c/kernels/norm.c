@@ -3,7 +3,8 @@
 
 /* Layer norm, or RMS norm where not centred, over rows of count codes; 1 / sqrt in units of 2^-bits. */
 struct norm {
-    const int32_t *weight, *bias;
+    const int32_t *weight;
+    const void *bias; /* int32_t, or int64_t where sums are */
     int64_t eps;
     int32_t rows, count, centred, bits, x_zero, multiplier, shift;
     struct codes to;
@@ -23,8 +24,8 @@ static void norm_X_Y_R(const struct norm *a, const X *x, Y *y)
         spread = a->count * squares - (int64_t)total * total + a->eps;
         factor = reciprocal_root(spread > 1 ? spread : 1, &shift);
         for (int32_t i = 0; i < a->count; i++) {
-            const int32_t unit = rescale_R(a->count * (x[i] - a->x_zero) - total, factor, shift + a->bits);
-            y[i] = (Y)requantize_R(unit * a->weight[i] + a->bias[i], a->multiplier, a->shift, &a->to);
+            const int32_t unit = (int32_t)rescale_R(a->count * (x[i] - a->x_zero) - total, factor, shift + a->bits);
+            y[i] = (Y)requantize_R((S)unit * a->weight[i] + ((const S *)a->bias)[i], a->multiplier, a->shift, &a->to);
         }
     }
 }

@@ -2,10 +2,10 @@
 #include "dot_W.c"
 
 /* Outputs first .. last - 1 for one or two columns; the results of the second lie step further. */
-#if DSP
+#if DSP_S
 static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last, const void *columns, int32_t count, Y *y, int32_t step)
 {
-    const int32_t *bias = a->bias + first, *multiplier = a->multiplier + first;
+    const int32_t *bias = (const int32_t *)a->bias + first, *multiplier = a->multiplier + first;
     const int8_t *shift = a->shift + first, *weight = a->weight + first * a->stride;
     const int32_t stride = a->stride;
     const struct codes to = a->to;
@@ -32,7 +32,7 @@ static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last
     const X *x = columns;
     for (int32_t i = 0; i < count; i++, x += a->span) {
         for (int32_t o = first; o < last; o++) {
-            const int32_t sum = a->bias[o] + dot_X_W(a, o, x);
+            const S sum = ((const S *)a->bias)[o] + dot_X_S_W(a, o, x);
             y[i * step + o - first] = (Y)requantize_R(sum, a->multiplier[o], a->shift[o], &a->to);
         }
     }

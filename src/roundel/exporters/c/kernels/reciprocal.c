@@ -1,7 +1,4 @@
-static int32_t multiply_high(int32_t a, int32_t b)
-{
-    return (int32_t)(((int64_t)a * b + (1 << 30)) >> 31);
-}
+#include "multiply_high.c"
 
 /* 1 / total, for totals in Q12.19 of 1 and more, as multiplier * 2^(shift - 31): three Newton steps from 48/17 - 32/17 d. */
 static int32_t reciprocal(uint32_t total, int32_t *shift)

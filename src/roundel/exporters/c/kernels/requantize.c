@@ -5,10 +5,10 @@ struct codes {
 
 #include "round_R.c"
 
-static inline int32_t requantize_R(int32_t sum, int32_t multiplier, int32_t shift, const struct codes *to)
+static inline int32_t requantize_R(S sum, int32_t multiplier, int32_t shift, const struct codes *to)
 {
-    int32_t moved = rescale_R(sum, multiplier, shift);
+    S moved = rescale_R(sum, multiplier, shift);
     moved = moved < to->floor ? to->floor : moved;
     moved = moved > to->ceiling ? to->ceiling : moved;
-    return moved + to->zero;
+    return (int32_t)moved + to->zero;
 }

@@ -1,6 +1,6 @@
-#if DSP
+#if DSP_S
 /* n codes as 16 bits from code k of a column on; k and n are multiples of 4. */
-static void spread_u8(int16_t *column, int32_t k, const uint8_t *codes, int32_t n)
+static void spread_u8_S(int16_t *column, int32_t k, const uint8_t *codes, int32_t n)
 {
     for (int16_t *to = column + 2 * k; n > 0; n -= 4, codes += 4, to += 8) {
         to[0] = codes[0];
