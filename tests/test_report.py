@@ -8,10 +8,17 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_graphs import draw
+from torch import nn
 
-from roundel.report import Layer, Report, Row, render, svg, text, write_report
+import roundel as rd
+from roundel.exporters.c.emit import emit
+from roundel.integer.dialect import INTEGER
+from roundel.report import Layer, Memory, Report, Row, memory, render, report, svg, text, write_report
+from roundel.report.memory import of_source
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\x1b]0;owned\x07\x1b[31m\u202e{{7*7}}\ud800\u2028"
 
@@ -158,6 +165,103 @@ def test_bars_are_as_long_as_their_numbers() -> None:
     widths = {bar.find("title").text: float(bar.get("width")) for bar in bars.iter("rect")}  # type: ignore[union-attr, arg-type]
     assert widths["conv1: 31.5 dB"] / widths["conv2: 12.2 dB"] == pytest.approx(31.5 / 12.25, rel=1e-2)
     assert widths["add: exact"] > widths["conv1: 31.5 dB"]
+
+
+# -- the arena --------------------------------------------------------------------------------------------------------
+
+
+def disjoint(drawn: Memory) -> None:
+    """At no moment do two blocks share a byte, and none leaves the arena."""
+    for a in drawn.blocks:
+        assert 0 <= a.offset <= a.offset + a.nbytes <= drawn.nbytes, a
+        assert 0 <= a.start < a.stop <= drawn.calls, a
+        for b in drawn.blocks:
+            if a is not b and a.start < b.stop and b.start < a.stop:
+                assert a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset, (a, b)
+
+
+@pytest.mark.proves("report.arena")
+def test_blocks_of_random_graphs_never_share_a_byte() -> None:
+    """Every graph's blocks are apart, and where calls may write in place, some do."""
+    inplace = 0
+    for seed in range(40):
+        source = emit(draw(seed, INTEGER[seed % 4]))
+        drawn = of_source(source)
+        disjoint(drawn)
+        assert (drawn.nbytes, drawn.bound) == (source.arena.nbytes, source.arena.bound)
+        assert {b.name for b in drawn.blocks} >= {port.name for port in source.watched}
+        inplace += sum(b.start % 1 == 0.5 for b in drawn.blocks)
+    assert inplace > 10
+
+
+def static(**layers: nn.Module) -> rd.QModel:
+    net = nn.Sequential()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    return rd.quantize(net.eval(), "int8", "int8", data=[torch.randn(8, 16)])
+
+
+@pytest.mark.proves("report.arena")
+def test_the_arena_by_hand() -> None:
+    """16 codes in, 32 between, 4 out: 48 bytes live at once in the first call; in the second, one may be written over the other."""
+    drawn = memory(static(a=nn.Linear(16, 32), b=nn.Linear(32, 4)))
+    sizes = {b.name: (b.nbytes, math.floor(b.start), math.ceil(b.stop)) for b in drawn.blocks}
+    assert sizes == {"input": (16, 0, 1), "a": (32, 0, 2), "b": (4, 1, 2)}
+    disjoint(drawn)
+    assert drawn.bound == 48
+    assert not drawn.why
+
+
+@pytest.mark.proves("report.arena")
+def test_a_page_draws_the_arena_to_scale() -> None:
+    q = static(a=nn.Linear(16, 32), b=nn.Linear(32, 4))
+    x = torch.randn(8, 16)
+    measured = rd.evaluate(q, against=q, data=[x], latency=False)
+    html = render(report(q, measured, title="t", name="m"))
+    figure = figures(html)[-1]
+    rects = {rect.find("title").text: rect for rect in figure.iter("rect")}  # type: ignore[union-attr]
+    assert len(rects) == 3
+    a, b = (next(rect for name, rect in rects.items() if name and name.startswith(f"{which}:")) for which in "ab")
+    assert float(a.get("height", 0)) / float(b.get("height", 1)) == pytest.approx(8, rel=0.02)
+    spans = {block.name: block.stop - block.start for block in memory(q).blocks}
+    assert float(a.get("width", 0)) / float(b.get("width", 1)) == pytest.approx(spans["a"] / spans["b"], rel=0.01)
+    labels = [label.text for label in figure.iter("text")]
+    assert "lower bound 48 B" in labels
+    assert "a 32 B" in labels
+    assert "over its 2 calls" in " ".join(Page(html).words)
+
+
+@pytest.mark.proves("report.arena", "inputs.names")
+def test_hostile_names_in_the_arena_are_inert() -> None:
+    blocks = tuple(svg.Block(HOSTILE, 100 * i, 100, 0, 1) for i in range(4))
+    html = render(example(memory=Memory(blocks, 1, 400, 400)))
+    seen = Page(html)
+    assert not {"script", "img"} & {tag for tag, _ in seen.tags}
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2028\ud800]", html)
+    ET.fromstring(html)
+    refused = render(example(memory=Memory(why=HOSTILE)))
+    assert "Not drawn, since this model has no C: </script>" in " ".join(Page(refused).words)
+    ET.fromstring(refused)
+
+
+@pytest.mark.proves("report.arena")
+def test_a_model_without_c_says_why() -> None:
+    q = rd.quantize(nn.Sequential(nn.Linear(16, 4)), "int8", data=[torch.randn(4, 16)])
+    found = memory(q)
+    assert found.why
+    assert not found.blocks
+    page = render(example(memory=found))
+    assert f"Not drawn, since this model has no C: {found.why[:60]}" in " ".join(Page(page).words)
+    assert len(figures(page)) == len(figures(render(example())))
+
+
+def test_a_page_of_many_blocks_fits_and_counts_what_it_leaves_out() -> None:
+    blocks = tuple(svg.Block("&" * 400 + str(i), 8 * i, 8, i / 2, i / 2 + 40) for i in range(3000))
+    page = render(example(memory=Memory(blocks, 1540, 24_000, 24_000)))
+    assert len(page.encode()) < 100_000
+    drawn = figures(page)[-1].findall("rect")
+    assert f"{3000 - len(drawn):,} smaller values not drawn" in " ".join(Page(page).words)
+    assert drawn
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ import roundel as rd
 from roundel import runtimes
 from roundel.integer import simulate
 from roundel.runtimes import hostc
-from roundel.verify import Verification, vectors
+from roundel.verify import Verification, _joined, vectors
 
 needs_cc = pytest.mark.skipif(hostc.absent() is not None, reason=str(hostc.absent()))
 
@@ -173,7 +173,7 @@ def test_every_runtime_says_whether_it_is_here(name: str) -> None:
     assert dialect in ("R1", "R2")
     why = module.absent(name)
     assert why is None or len(why) > 10
-    assert hasattr(module, "place") or (module.dialects(name) and module.run)
+    assert hasattr(module, "place") or (module.dialects(name) is not None and module.run)
 
 
 def test_names_that_are_not(two: rd.QModel) -> None:
@@ -230,6 +230,13 @@ def test_batches_after_the_limit_are_not_made(two: rd.QModel, play) -> None:  # 
 
     play()
     assert rd.verify(two, ["played"], Endless(), limit=4)["played"].examples == 4
+
+
+def test_batches_are_joined_where_the_batch_axis_is() -> None:
+    parts = [np.arange(6).reshape(3, 2), np.arange(6, 9).reshape(3, 1)]
+    assert np.array_equal(_joined(parts, (3, "N")), [[0, 1, 6], [2, 3, 7], [4, 5, 8]])
+    same = np.arange(4)
+    assert np.array_equal(_joined([same, same], (4,)), same)
 
 
 def test_vectors_are_codes_by_the_rule_of_the_door(two: rd.QModel) -> None:

@@ -31,6 +31,7 @@ metric = click.option(
 
 
 def data(required: bool) -> Callable[..., Any]:
+    """The option --data."""
     text = "Data: .npz (x and y, or named inputs), token ids (.json, .npy), text, a zip or folder of images by class."
     return click.option("--data", metavar="FILE", required=required, help=text)
 
@@ -62,6 +63,7 @@ def is_artifact(path: str) -> bool:
 
 
 def read_model(model: str, state: str | None, inputs: Sequence[str]) -> nn.Module:
+    """MODEL as a network; inputs that are numbers are indices."""
     from ..readers import read
 
     return read(model, inputs=[int(t) if t.lstrip("-").isdigit() else t for t in inputs] or None, state=state)
@@ -110,6 +112,7 @@ def read_data(path: str, preprocess: Preprocess | None, model: str) -> Data:
 
 
 def steps_of(path: str | None) -> Preprocess | None:
+    """The steps of a --preprocess file, if one was named."""
     from ..data import read_preprocess
 
     return read_preprocess(path) if path is not None else None

@@ -35,6 +35,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Non
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> None:
+    """Names and values in two columns."""
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         click.echo(f"{name:<{width}}  {inert(value)}")
@@ -62,6 +63,7 @@ def _plain(value: object) -> object:
 
 
 def said(value: object) -> str:
+    """A value of a pair in words."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return "; ".join(map(str, value)) or "nothing" if isinstance(value, list) else str(value)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from . import svg, text
+from .memory import Memory, memory
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
     from ..qmodel import QModel
 
-__all__ = ["Layer", "Report", "Row", "render", "report", "row", "write_report"]
+__all__ = ["Layer", "Memory", "Report", "Row", "memory", "render", "report", "row", "write_report"]
 
 #: Largest page, in bytes, and how many of the worst layers it names.
 MAX_BYTES, MAX_WORST = 100_000, 10
@@ -59,7 +60,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page says. ``notes`` are (subject, sentence) pairs; ``layers`` belong to the row named ``layers_of``."""
+    """All that a page says. ``notes`` are (subject, sentence) pairs; ``layers`` belong to the row named ``layers_of``.
+
+    ``memory``: the arena of the model in C, or why it has none.
+    """
 
     title: str
     rows: tuple[Row, ...]
@@ -69,6 +73,7 @@ class Report:
     metric_name: str = "metric"
     layers_of: str = ""
     summary: str = ""
+    memory: Memory | None = None
 
 
 def row(name: str, measured: Evaluation, *, series: str = "", bits: float | None = None) -> Row:
@@ -112,6 +117,7 @@ def report(q: QModel, measured: Evaluation, *, title: str, name: str) -> Report:
         provenance=q.provenance,
         metric_name=measured.metric_name,
         layers_of=name,
+        memory=memory(q),
     )
 
 
@@ -135,7 +141,8 @@ def _render(page: Report, most: int) -> str:
     """The page with ``most`` rows, notes and lines of provenance at most."""
     import jinja2
 
-    rows = page.rows[:most]
+    rows, arena = page.rows[:most], page.memory
+    blocks = sorted(arena.blocks, key=lambda b: -b.nbytes * (b.stop - b.start))[: 2 * most] if arena else []
     reference = next((row for row in rows if row.reference), None)
     ranked = sorted((layer for layer in page.layers if layer.sqnr != math.inf), key=lambda layer: _lowest(layer.sqnr))
     figures = (_kl_figure(rows, reference), _metric_figure(rows, reference, page.metric_name))
@@ -154,6 +161,8 @@ def _render(page: Report, most: int) -> str:
         figures=[figure for figure in figures if figure],
         bars=svg.bars([(layer.name, layer.sqnr) for layer in page.layers], label="SQNR of the layer's output, dB"),
         worst=ranked[:MAX_WORST],
+        arena=svg.arena(blocks, calls=arena.calls, nbytes=arena.nbytes, bound=arena.bound) if arena and blocks else None,
+        undrawn=len(arena.blocks) - len(blocks) if arena else 0,
         rows=rows,
         notes=page.notes[:most],
         shows={name: any(getattr(row, name) is not None for row in rows) for name in Row.__dataclass_fields__},

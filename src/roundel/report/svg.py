@@ -1,4 +1,4 @@
-"""The report's two figures as inline SVG: a trade-off plot and bars per layer; no other kind of chart, no scripts.
+"""The report's figures as inline SVG: a trade-off plot, bars per layer, blocks of memory; no other kind of chart, no scripts.
 
 Every string goes through `markupsafe`, so a hostile layer name cannot leave its text node. Colours are CSS classes of the
 page, so one drawing serves light, dark and paper. Lengths are SVG user units, about one pixel each.
@@ -29,6 +29,17 @@ class Point:
     x: float
     y: float
     series: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A value in memory: its first byte and how many, from ``start`` to ``stop`` in calls, each one long, the first from 0 to 1."""
+
+    name: str
+    offset: int
+    nbytes: int
+    start: float
+    stop: float
 
 
 @dataclass(frozen=True)
@@ -256,6 +267,33 @@ def _columns(layers: Sequence[tuple[str, float]], label: str, low: set[int], lo:
     out.append(_line("axis", left, y(0.0), right, y(0.0)))
     out.append(_text(0, top - 14, label, "label", "start") + _text((left + right) / 2, bottom + 22, places, "label", "middle"))
     return _svg(bottom + 30, label, out)
+
+
+def arena(blocks: Sequence[Block], *, calls: int, nbytes: int, bound: int) -> Markup:
+    """A rectangle per block, bytes over calls, its name and size where they fit; the arena's top and its lower bound as lines."""
+    left, right, top, bottom = 64.0, WIDTH - 16.0, 30.0, 330.0
+    x, y = Axis(0, max(calls, 1), left, right), Axis(0, 1.06 * max(nbytes, bound, 1), bottom, top)
+    out = [_line("grid", left, y(t), right, y(t)) + _text(left - 8, y(t) + 4, f"{t:,.0f}", "tick", "end") for t in y.ticks()]
+    for call in (t for t in x.ticks() if t.is_integer() and t < calls):
+        out.append(_text((x(call) + x(call + 1)) / 2, bottom + 15, f"{call:.0f}", "tick", "middle"))
+    for b in blocks:
+        x1, x2, y1, y2 = x(b.start), x(b.stop), y(b.offset + b.nbytes), y(b.offset)
+        form = '<rect class="block" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+        tip = f"{short(b.name, 72)}: {b.nbytes:,} B at {b.offset:,}, calls {math.floor(b.start)} to {math.ceil(b.stop) - 1}"
+        out.append(Markup(form).format(x1, y1, x2 - x1, y2 - y1, tip))
+        lines = [short(b.name, 24), f"{b.nbytes:,} B"]
+        lines = [" ".join(lines)] if _CHAR * len(" ".join(lines)) < x2 - x1 - 4 else lines
+        if _CHAR * max(map(len, lines)) < x2 - x1 - 4 and 13 * len(lines) < y2 - y1:
+            for i, line in enumerate(lines):
+                out.append(_text((x1 + x2) / 2, (y1 + y2) / 2 + 4 + 13 * (i - (len(lines) - 1) / 2), line, "inside", "middle"))
+    out.append(_line("axis", left, bottom, right, bottom) + _line("axis", left, top, left, bottom))
+    out.append(
+        _line("edge", left, y(nbytes), right, y(nbytes)) + _text(right, y(nbytes) - 5, f"arena {nbytes:,} B", "name best", "end")
+    )
+    out.append(_line("float", left, y(bound), right, y(bound)))
+    out.append(_text(left + 6, y(max(nbytes, bound)) - 5, f"lower bound {bound:,} B", "name"))
+    out.append(_text(left - 48, top - 14, "bytes", "label") + _text((left + right) / 2, bottom + 34, "calls", "label", "middle"))
+    return _svg(bottom + 42, "the arena over the calls", out)
 
 
 def _mark(x: float, y: float, series: int, *, filled: bool) -> Markup:

@@ -32,8 +32,10 @@ def from_file(codes: NDArray[Any], place: Place) -> Ints:
 
 
 def inputs_of(graph: Graph, codes: Mapping[str, Ints]) -> dict[str, tuple[Ints, str]]:
-    """(codes, type) of every input of the graph in order. Raises `InputError` where one is missing or batches differ."""
-    doors = {node.inputs[0]: graph.values[node.name].dtype for node in graph if node.op == "quantize"}
+    """(codes, type) of every input of the graph in order, int32 of token ids. Raises `InputError` where one is missing or batches
+    differ."""
+    kinds = {node.inputs[0]: graph.values[node.name].dtype for node in graph if node.op == "quantize"}
+    doors = {name: kinds.get(name, "int32") for name in graph.inputs}
     if missing := [name for name in doors if name not in codes]:
         raise InputError(f"codes of input {missing[0]!r} are missing; the graph reads {', '.join(map(repr, doors))}")
     if len({len(codes[name]) for name in doors}) > 1:
@@ -48,18 +50,22 @@ def single(q: QModel, graph: Graph, node: Node) -> Graph:
     """
     at = units(q, graph)
     nodes, renamed, values = [], {}, dict(graph.values)
-    for name in dict.fromkeys(name for name in node.inputs if name not in graph.constants):
+    operands = dict.fromkeys(name for name in node.inputs if name not in graph.constants)
+    for name in operands:
+        if name not in at:  # token ids, which come as they are
+            continue
         source, door = name.removesuffix(".codes"), f"{name.removesuffix('.codes')}.codes"
         low, high = at[name].range
         attrs = {"scale": at[name].scale, "zero": at[name].zero, "low": low, "high": high}
         nodes.append(Node("quantize", (source,), (door,), attrs))
         renamed[name], values[source], values[door] = door, Spec(graph.values[name].shape), graph.values[name]
     inputs = tuple(renamed.get(name, name) for name in node.inputs)
-    out = at[node.name]
-    last = Node("dequantize", (node.name,), (f"{node.name}.real",), {"scale": out.scale, "zero": out.zero})
-    values[last.name] = Spec(graph.values[node.name].shape)
-    nodes += [Node(node.op, inputs, node.outputs, node.attrs), last]
+    nodes.append(Node(node.op, inputs, node.outputs, node.attrs))
+    if (out := at.get(node.name)) is not None:  # no index
+        nodes.append(Node("dequantize", (node.name,), (f"{node.name}.real",), {"scale": out.scale, "zero": out.zero}))
+        values[f"{node.name}.real"] = Spec(graph.values[node.name].shape)
     kept = {name: graph.constants[name] for name in node.inputs if name in graph.constants}
     named = {name for n in nodes for name in (*n.inputs, *n.outputs)}
     shapes = {name: spec for name, spec in values.items() if name in named}
-    return Graph(tuple(n.inputs[0] for n in nodes if n.op == "quantize"), (last.name,), tuple(nodes), kept, shapes, opset="integer")
+    doors = tuple(renamed[name].removesuffix(".codes") if name in renamed else name for name in operands)
+    return Graph(doors, (nodes[-1].name,), tuple(nodes), kept, shapes, opset="integer")

@@ -30,6 +30,9 @@ TYPES = {"s8": "int8_t", "u8": "uint8_t", "s16": "int16_t", "s32": "int32_t", "s
 WIDTHS = {"int8_t": 1, "uint8_t": 1, "int16_t": 2, "int32_t": 4}
 
 
+#: Conditions that never hold: DSP kernels sum in 32 bits, and Helium kernels take int8 (`dsp.c`).
+DEAD = re.compile(r"DSP_s64|HELIUM_(?!(s8|s8_s8_s32|R2_s8)\b)\w+")
+
 #: Names of files that are already there.
 TAKEN = {"main", "golden", "stdint", "stdio", "stdlib", "stddef", "runner", "board", "semihosting"}
 
@@ -170,11 +173,11 @@ class _Texts:
         return filled(name[1] + "(", k.kinds)[:-1]
 
     def include(self, file: str, kinds: Mapping[str, str]) -> None:
-        text = filled(_text(file), kinds)
+        text = live(filled(_text(file), kinds))
         for block in blocks(text):
             if match := re.fullmatch(r'#include "(\w+)\.c"', block):
                 self.include(match[1], kinds)
-            elif not re.match(r"(/\*.*?\*/\n)?#if DSP_s64\n(?!.*#else)", block, re.S):  # nothing for any compiler
+            else:
                 self.parts.setdefault(block)
 
 
@@ -204,6 +207,37 @@ def blocks(text: str) -> Iterator[str]:
 def _whole(piece: Sequence[str]) -> bool:
     opened = sum(line.startswith("#if") for line in piece) - sum(line.startswith("#endif") for line in piece)
     return not opened and (piece[-1] in ("}", "};", "#endif") or piece[-1].endswith(("*/", ";")))
+
+
+def live(text: str) -> str:
+    """A kernel without the branches that no compiler takes: vectors by types that they are not for.
+
+    >>> live("#if DSP_s64\\nx\\n#elif A\\ny\\n#else\\nz\\n#endif")
+    '#if A\\ny\\n#else\\nz\\n#endif'
+    """
+    lines: list[str] = []
+    frames: list[tuple[bool, bool]] = []  # of each #if: whether one of its conditions stands, whether what follows does
+    for line in text.splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "#if":
+            frames.append((False, True))
+        opened = bool(frames) and frames[-1][0]
+        if word in ("#if", "#elif"):
+            terms = [term for term in rest.split(" && ") if not (term[0] == "!" and DEAD.fullmatch(term[1:]))]
+            never = any(map(DEAD.fullmatch, terms))
+            if terms and not never:
+                lines.append(f"{'#elif' if opened else '#if'} {' && '.join(terms)}")
+                opened = True
+            frames[-1] = (opened, not never)
+        elif word == "#else":
+            frames[-1] = (opened, True)
+            lines += [line] * opened
+        elif word == "#endif":
+            frames.pop()
+            lines += [line] * opened
+        elif all(kept for _, kept in frames):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def filled(text: str, kinds: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ class Written:
 
 
 def write(q: QModel, graph: Graph, path: AnyPath, *, widen: bool = False) -> Written:
-    """Write ``graph``, the integer graph of ``q``, as one .tflite file of int8 codes in and out.
+    """Write ``graph``, the integer graph of ``q``, as one .tflite file of codes in and out.
 
     Values over places are N, H, W, C in the file, inputs and outputs keep their names, and the batch is 1 with a free first axis in
     the shape signature. Weights of 4 bits stay packed unless ``widen``; those of other widths under 8 are held as int8; with notes.
@@ -55,6 +55,9 @@ def write(q: QModel, graph: Graph, path: AnyPath, *, widen: bool = False) -> Wri
     check_writable(path)
     made = Translation(q, graph, widen)
     refused: dict[str, list[str]] = {}
+    ids = [name for name in graph.inputs if "float" not in graph.values[name].dtype]  # whole numbers, which come as they are
+    for name in ids:
+        made.place[name] = {made.orders[name]: made.like(name, name, made.orders[name])}
     for node in graph:
         try:
             if node.op == "quantize":
@@ -72,9 +75,11 @@ def write(q: QModel, graph: Graph, path: AnyPath, *, widen: bool = False) -> Wri
         told = "".join(f"\n  {', '.join(names)}: {why}" for why, names in refused.items())
         raise PlanError(f"{sum(map(len, refused.values()))} nodes of this model cannot be in a .tflite file:{told}")
     places = {name: Place(known[made.orders[name]], made.orders[name]) for name, known in made.place.items()}
-    inputs = {node.inputs[0]: places[node.name] for node in graph if node.op == "quantize"}
+    doors = {node.inputs[0]: node.name for node in graph if node.op == "quantize"}
+    inputs = {name: places[doors.get(name, name)] for name in graph.inputs}
+    places = {name: place for name, place in places.items() if name not in ids}
     source = {node.name: node.inputs[0] for node in graph if node.op == "dequantize"}
-    outputs = {source[name]: places[source[name]] for name in graph.outputs}
+    outputs = {source.get(name, name): places[source.get(name, name)] for name in graph.outputs}
     indices = [place.tensor for place in inputs.values()], [place.tensor for place in outputs.values()]
     file = made.draft.file(*indices, "Roundel")
     _check(file, made.draft, *indices)

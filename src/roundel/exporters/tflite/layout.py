@@ -13,7 +13,7 @@ from ...graph import Graph
 Order = tuple[int, ...]
 
 #: Operations over places: TFLite has them on N, H, W, C alone.
-PLACES = frozenset(["conv", "sum_pool", "avg_pool", "max_pool"])
+PLACES = frozenset(["conv", "conv_transpose", "sum_pool", "avg_pool", "max_pool", "resize", "depth_to_space"])
 
 #: Operations whose axes need not be in any order: their operands and result keep to one.
 _ANY = frozenset(["add", "sub", "mul", "rescale", "table", "pad", "slice", "concat"])
@@ -29,12 +29,12 @@ def plain(rank: int) -> Order:
 
 
 def orders(graph: Graph) -> dict[str, Order]:
-    """The order of every computed value of an integer graph.
+    """The order of every input and computed value of an integer graph.
 
     Values that a convolution or a pool reads or makes are channels-last, and so is what elementwise operations tie to them;
     all others are as they are in the graph. So transposes are needed only where the graph itself changes its meaning.
     """
-    rank = {name: len(graph.values[name].shape) for node in graph for name in node.outputs}
+    rank = {name: len(graph.values[name].shape) for name in (*graph.inputs, *(name for node in graph for name in node.outputs))}
     parent = {name: name for name in rank}
 
     def find(name: str) -> str:

@@ -72,9 +72,11 @@ class Translation:
 
     def like(self, name: str, as_name: str, order: Order, shape: Sequence[int] | None = None, of: str | None = None) -> int:
         """A new tensor of the shape of value ``name`` (or ``shape``, in the file's order), in the units of ``of``."""
-        at = self.units(of or name)
         shape = moved(self.shape(name), order) if shape is None else shape
         batched = self.batched(name) and order[0] == 0
+        if self.graph.values[name].dtype == "int32":  # an index, which has no units
+            return self.draft.tensor(as_name, "INT32", shape, batched=batched)
+        at = self.units(of or name)
         return self.draft.tensor(as_name, at.type, shape, scale=(at.scale,), zero=at.zero, batched=batched)
 
     def result(self, node: Node, order: Order | None = None) -> int:
@@ -106,6 +108,12 @@ class Translation:
         entry = self.draft.tensors[made]
         shape = [-1 if entry.batched else entry.shape[0], *entry.shape[1:]] if entry.shape else []
         return self.draft.step("RESHAPE", 1, [x, self.ints("shape", shape)], made, "ReshapeOptions", newShape=shape)
+
+    def cut(self, x: int, made: int, begin: Sequence[int], end: Sequence[int], strides: Sequence[int]) -> int:
+        """STRIDED_SLICE forwards from ``begin`` to ``end``; an axis whose end is 0 is taken whole."""
+        mask = sum(1 << i for i, n in enumerate(end) if n == 0)
+        operands = [self.ints(word, values) for word, values in (("begin", begin), ("end", end), ("strides", strides))]
+        return self.draft.step("STRIDED_SLICE", 2, [x, *operands], made, "StridedSliceOptions", beginMask=mask, endMask=mask)
 
     def ints(self, name: str, values: ArrayLike) -> int:
         """A small int32 constant, shared between all that need the same numbers."""

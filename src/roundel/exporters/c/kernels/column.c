@@ -49,8 +49,15 @@ static column_X_S *column_at_X_S(const struct product *a, void *scratch, int32_t
 /* n codes of a column from its code k on. */
 static void put_X_S(column_X_S *column, int32_t k, const X *codes, int32_t n)
 {
+#if HELIUM_X
+    for (int32_t i = 0; i < n; i += 16) {
+        const mve_pred16_t lanes = vctp8q((uint32_t)(n - i));
+        vstrbq_p_s8(column + k + i, vldrbq_z_s8(codes + i, lanes), lanes);
+    }
+#else
     for (int32_t i = 0; i < n; i++) {
         column[k + i] = codes[i];
     }
+#endif
 }
 #endif

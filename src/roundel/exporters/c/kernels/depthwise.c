@@ -1,4 +1,4 @@
-#include "requantize.c"
+#include "results.c"
 #include "window.c"
 
 /* Convolution in which every channel stands alone and makes one output; weights [kernel_h][kernel_w][channel], the zero point of x
@@ -35,8 +35,26 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
     for (int32_t row = 0; row < v->out_height; row++) {
         keep_X(v, x, ring, row);
         for (int32_t place = 0; place < v->out_width; place++, y += channels) {
+            int32_t c = 0;
             taps_X(v, x, ring, a->zeros, row, place, tap);
-            for (int32_t c = 0; c + 4 <= channels; c += 4) {
+#if HELIUM_X_V_S
+            for (; c + 8 <= channels; c += 8) {
+                const V *weight = (const V *)a->weight + c;
+                int32x4x2_t both = {{vdupq_n_s32(0), vdupq_n_s32(0)}}; /* sums of even and of odd channels */
+                int32_t sum[8];
+                for (int32_t t = 0; t < taps; t++, weight += channels) {
+                    const int16x8_t codes = vldrbq_s16(tap[t] + c), w = vldrbq_s16(weight);
+                    both.val[0] = vaddq_s32(both.val[0], vmullbq_int_s16(codes, w));
+                    both.val[1] = vaddq_s32(both.val[1], vmulltq_int_s16(codes, w));
+                }
+                vst2q_s32(sum, both);
+                for (int32_t i = 0; i < 8; i += 4) {
+                    vstrwq_s32(sum + i, vaddq_s32(vldrwq_s32(sum + i), vldrwq_s32(bias + c + i)));
+                    results_Y_R(sum + i, 4, a->multiplier + c + i, a->shift + c + i, &a->to, y + c + i);
+                }
+            }
+#endif
+            for (; c + 4 <= channels; c += 4) {
                 const V *weight = (const V *)a->weight + c;
                 S sum[4] = {bias[c], bias[c + 1], bias[c + 2], bias[c + 3]};
                 for (int32_t t = 0; t < taps; t++, weight += channels) {
@@ -46,11 +64,9 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                     sum[2] += codes[2] * weight[2];
                     sum[3] += codes[3] * weight[3];
                 }
-                for (int32_t i = 0; i < 4; i++) {
-                    y[c + i] = (Y)requantize_R(sum[i], a->multiplier[c + i], a->shift[c + i], &a->to);
-                }
+                results_Y_R(sum, 4, a->multiplier + c, a->shift + c, &a->to, y + c);
             }
-            for (int32_t c = channels & ~3; c < channels; c++) {
+            for (; c < channels; c++) {
                 S sum = bias[c];
                 for (int32_t t = 0; t < taps; t++) {
                     sum += tap[t][c] * ((const V *)a->weight)[t * channels + c];

@@ -29,7 +29,7 @@ static inline int32_t scaled_s8(int32_t sum)
 }
 #endif
 
-#if !DSP_S
+#if !DSP_S && !HELIUM_X_s8_S
 /* Sum of depth products of codes by int8 weights. */
 static S dot_X_S_s8(const struct product *a, int32_t row, const X *x)
 {

@@ -9,6 +9,17 @@ typedef uint64_t __attribute__((may_alias, aligned(4))) words_t;
 #define DSP_s32 DSP
 #define DSP_s64 0 /* sums of 64 bits */
 
+/* Helium: vectors of 16 codes of 8 bits by as many weights. */
+#if defined(__ARM_FEATURE_MVE)
+#  include <arm_mve.h>
+#define HELIUM 1
+#else
+#define HELIUM 0
+#endif
+#define HELIUM_s8 HELIUM        /* codes */
+#define HELIUM_s8_s8_s32 HELIUM /* codes, weights, sums */
+#define HELIUM_R2_s8 HELIUM     /* rounding, results */
+
 #if DSP
 /* Bytes 0 and 2 of a word as two signed 16-bit numbers. */
 static inline uint32_t even_bytes(uint32_t word)

@@ -1,11 +1,15 @@
-"""Operations that move codes: shapes, axes, slices, padding."""
+"""Operations that move codes: shapes, axes, slices, padding, look-ups of whole slices, and resizing to the nearest."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from ....errors import PlanError
 from ....graph import Node
+from ....integer.ops import numbers
 from ..layout import Order, channels_last, is_relabelling, moved, plain, relative, same_elements
-from ..translation import Pad, Translation
+from ..translation import Pad, Translation, factor
+from ..units import agree
 
 
 def reshape(t: Translation, node: Node) -> None:
@@ -52,11 +56,9 @@ def slice_(t: Translation, node: Node) -> None:
                      filterHeight=1, filterWidth=1)  # fmt: skip
         return
     rank = len(order)
-    begin, end, strides = [0] * rank, list(moved(t.shape(name), order)), [1] * rank
+    begin, end, strides = [0] * rank, [0] * rank, [1] * rank
     begin[where], end[where], strides[where] = start, stop, step
-    mask = sum(1 << i for i in range(rank) if i != where)
-    inputs = [x, *(t.ints(word, values) for word, values in (("begin", begin), ("end", end), ("strides", strides)))]
-    t.draft.step("STRIDED_SLICE", 2, inputs, t.result(node), "StridedSliceOptions", beginMask=mask, endMask=mask)
+    t.cut(x, t.result(node), begin, end, strides)
 
 
 def concat(t: Translation, node: Node) -> None:
@@ -76,3 +78,58 @@ def pad(t: Translation, node: Node) -> None:
     x = t.value(name, order)
     made = t.padded(name, x, [pairs[axis] for axis in order], node.name, node.attrs["code"])
     t.alias(node, made)
+
+
+def gather(t: Translation, node: Node) -> None:
+    """GATHER by a constant index, or of a constant."""
+    name, index = node.inputs
+    rank, axis = t.rank(name), node.attrs["axis"] % t.rank(name)
+    if axis == 0 and t.batched(name):
+        raise PlanError("it picks from the batch")
+    if index not in t.graph.constants and name not in t.graph.constants:
+        raise PlanError("it picks from a computed value by a computed index")
+    flat = t.rank(index) != 1  # the result has other axes
+    order, made = (plain(rank), plain(t.rank(node.name))) if flat else (t.orders[node.name],) * 2
+    if index in t.graph.constants:
+        picks = t.ints(index, numbers(t.graph, index) % t.shape(name)[axis])
+    else:
+        picks = t.value(index, plain(t.rank(index)))
+    t.draft.step("GATHER", 2, [t.value(name, order), picks], t.result(node, made), "GatherOptions", axis=order.index(axis))
+
+
+def depth_to_space(t: Translation, node: Node) -> None:
+    """DEPTH_TO_SPACE, whose channels are fastest where PyTorch's are slowest: a transpose stands before it."""
+    name, block, order = node.inputs[0], node.attrs["block"], channels_last(4)
+    if t.units(name).type != "INT8":
+        raise PlanError("TFLite's DEPTH_TO_SPACE takes int8")
+    x, (n, height, width, depth) = t.value(name, order), moved(t.shape(name), order)
+    if (channels := depth // block**2) > 1:
+        split, turned = (n, height * width, channels, block**2), (n, height * width, block**2, channels)
+        x = t.reshape(x, t.like(name, f"{node.name}.split", order, split))
+        x = t.turn(x, t.like(name, f"{node.name}.turned", order, turned), split, (0, 1, 3, 2))
+        x = t.reshape(x, t.like(name, f"{node.name}.depth", order, (n, height, width, depth)))
+    t.draft.step("DEPTH_TO_SPACE", 2, [x], t.result(node, order), "DepthToSpaceOptions", blockSize=block)
+
+
+def resize(t: Translation, node: Node) -> None:
+    """RESIZE_NEAREST_NEIGHBOR, and QUANTIZE where the units change."""
+    name, order = node.inputs[0], channels_last(t.rank(node.inputs[0]))
+    source, y = t.units(name), t.units(node.name)
+    if node.attrs["bits"]:
+        raise PlanError("TFLite's RESIZE_BILINEAR rounds in its operand's units, ties away from code 0, before any rescale")
+    if len(order) != 4:
+        raise PlanError("TFLite resizes over N, H, W, C alone")
+    old, new = (moved(t.shape(i), order)[1:3] for i in (name, node.name))
+    for m, n, picks in zip(old, new, node.inputs[1:]):
+        at = np.floor(np.arange(n, dtype=np.float32) * (np.float32(m) / np.float32(n)))
+        if not np.array_equal(np.minimum(at, m - 1), numbers(t.graph, picks)[:, 0]):
+            raise PlanError(f"TFLite picks other neighbours for {n} of {m} places")
+    if y.act(node) != "NONE" or not agree(
+        node, factor(node), np.float64(source.scale) / np.float64(y.scale), tuple(node.attrs["acc"])
+    ):
+        raise PlanError("no scales give its multiplier, or it clamps")
+    near = t.result(node, order) if source == y else t.like(name, f"{node.name}.near", order, (1, *new, t.shape(name)[1]))
+    t.draft.step("RESIZE_NEAREST_NEIGHBOR", 2, [t.value(name, order), t.ints("size", new)], near,
+                 "ResizeNearestNeighborOptions", alignCorners=False, halfPixelCenters=False)  # fmt: skip
+    if source != y:
+        t.draft.step("QUANTIZE", 2, [near], t.result(node, order), "QuantizeOptions")

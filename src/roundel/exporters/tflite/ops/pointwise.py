@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ....errors import PlanError
 from ....graph import Node
+from ....integer.dialect import Ints
 from ....integer.fixed import exp_table
-from ....integer.ops import numbers
+from ....integer.ops import INTEGER, numbers
 from ....qmodel import Note
 from ..layout import plain
 from ..translation import Translation, act, factor
@@ -46,18 +48,20 @@ def mul(t: Translation, node: Node) -> None:
 
 
 def rescale(t: Translation, node: Node) -> None:
-    """QUANTIZE, or RELU where it clamps at zero."""
+    """QUANTIZE, or RELU where it clamps at zero; RELU6 of int8 changes no units, so one stands after a QUANTIZE."""
     source, y = t.units(node.inputs[0]), t.units(node.name)
     if not agree(node, factor(node), np.float64(source.scale) / np.float64(y.scale), tuple(node.attrs["acc"])):
         raise PlanError("no scales give its multiplier")
-    act = y.act(node)
+    fused = y.act(node)
     x, made = t.value(node.inputs[0], t.orders[node.name]), t.result(node)
-    if act == "NONE":
+    if fused == "RELU6" and source != y:
+        x = t.draft.step("QUANTIZE", 2, [x], t.like(node.name, f"{node.name}.wide", t.orders[node.name]), "QuantizeOptions")
+    elif fused == "RELU_N1_TO_1":
+        raise PlanError(f"{fused} on its own is no operator of TFLite Micro")
+    if fused == "NONE":
         t.draft.step("QUANTIZE", 2, [x], made, "QuantizeOptions")
-    elif act == "RELU" or source == y:
-        t.draft.step(act, 2, [x], made)
     else:
-        raise PlanError(f"{act} on its own, in units that change, is no operator of TFLite")
+        t.draft.step(fused, 2, [x], made)
 
 
 def softmax(t: Translation, node: Node) -> None:
@@ -93,10 +97,28 @@ def table(t: Translation, node: Node) -> None:
         raise PlanError("TFLite's functions of int16 have tables of their own, and a look-up would have 65,536 entries")
     if node.attrs["first"] != -128:
         raise PlanError(f"its table starts at code {node.attrs['first']}, not at -128")
+    _look_up(t, node, x, made, numbers(t.graph, node.inputs[1]), [128])
+
+
+def prelu(t: Translation, node: Node) -> None:
+    """A look-up in a table for each channel. TFLite's own PRELU has slopes of 8 bits and one multiplier for all of them."""
+    order, name = t.orders[node.name], node.inputs[0]
+    if t.units(name).type != "INT8":
+        raise PlanError("TFLite Micro's PRELU takes int8, and a look-up would have 65,536 entries for each channel")
+    slopes = [numbers(t.graph, constant) for constant in node.inputs[1:]]
+    channels = max(t.shape(name)[1], 1)
+    codes = np.broadcast_to(np.arange(-128, 128), (1, channels, 256))
+    first = 128 + 256 * np.arange(channels).reshape([-1 if axis == 1 else 1 for axis in order])
+    _look_up(t, node, t.value(name, order), t.result(node), INTEGER["prelu"](codes, *slopes, **node.attrs), first)
+
+
+def _look_up(t: Translation, node: Node, x: int, made: int, table: Ints, first: ArrayLike) -> None:
+    """Codes ``table[x + first]``: CAST, ADD, GATHER."""
     entry, at = t.draft.tensors[x], t.units(node.name)
     wide, index = (t.draft.tensor(f"{node.name}.{word}", "INT32", entry.shape, batched=entry.batched) for word in ("wide", "index"))
     t.draft.step("CAST", 1, [x], wide, "CastOptions", inDataType=9, outDataType=2)
-    t.draft.step("ADD", 1, [wide, t.ints("first", [128])], index, "AddOptions", fusedActivationFunction=0)
-    table = t.draft.constant(node.inputs[1], at.type, numbers(t.graph, node.inputs[1]), scale=(at.scale,), zero=at.zero)
-    t.draft.step("GATHER", 2, [table, index], made, "GatherOptions", axis=0)
+    t.draft.step("ADD", 1, [wide, t.ints("first", first)], index, "AddOptions", fusedActivationFunction=0)
+    name = node.inputs[1] if node.op == "table" else f"{node.name}.table"
+    held = t.draft.constant(name, at.type, table.reshape(-1), scale=(at.scale,), zero=at.zero)
+    t.draft.step("GATHER", 2, [held, index], made, "GatherOptions", axis=0)
     t.notes.append(Note(node.name, "a look-up by GATHER, which NPUs leave to the processor"))

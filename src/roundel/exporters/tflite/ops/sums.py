@@ -1,4 +1,5 @@
-"""Sums and means over axes and windows: depthwise convolutions by ones where scales give their factor, else SUM or MEAN."""
+"""Sums and means over axes and windows: depthwise convolutions by ones where scales give their factor, else SUM or
+MEAN; the largest code and its place."""
 
 from __future__ import annotations
 
@@ -48,8 +49,7 @@ def sum_(t: Translation, node: Node) -> None:
         x = t.reshape(x, t.like(name, f"{node.name}.view", plain(rank), view))
     made = t.like(name, f"{node.name}.sums", plain(rank), (shape[0], outer, 1, inner), of=node.name)
     _ones(t, node, scale, inner, [1, count], Places(x, 1), made)
-    left = tuple(axis for axis in have if axis not in axes)
-    t.reshape(made, t.result(node, have if a["keepdim"] else tuple(sorted(left).index(axis) for axis in left)))
+    t.reshape(made, t.result(node, have if a["keepdim"] else without(have, axes)))
 
 
 def _adjacent(order: Order, axes: Sequence[int]) -> bool:
@@ -102,3 +102,32 @@ def _reduce(t: Translation, node: Node, axes: Sequence[int], keep: bool) -> None
     where = t.ints("axes", sorted(order.index(axis) for axis in axes))
     made = t.result(node, order if keep else plain(t.rank(node.name)))
     t.draft.step(kind, 2, [t.value(name, order), where], made, "ReducerOptions", keepDims=keep)
+
+
+def amax(t: Translation, node: Node) -> None:
+    """REDUCE_MAX."""
+    name, keep, rank = node.inputs[0], node.attrs["keepdim"], t.rank(node.inputs[0])
+    axes, have = [axis % rank for axis in node.attrs["axes"]], t.orders[name]
+    where = t.ints("axes", sorted(have.index(axis) for axis in axes))
+    made = t.result(node, have if keep else without(have, axes))
+    t.draft.step("REDUCE_MAX", 2, [t.value(name), where], made, "ReducerOptions", keepDims=keep)
+
+
+def argmax(t: Translation, node: Node) -> None:
+    """ARG_MAX, which drops its axis."""
+    name, keep, rank = node.inputs[0], node.attrs["keepdim"], t.rank(node.inputs[0])
+    if t.units(name).type != "INT8":
+        raise PlanError("TFLite's ARG_MAX takes int8")
+    axis, have = node.attrs["axis"] % rank, t.orders[name]
+    shape = tuple(n for i, n in zip(have, moved(t.shape(name), have)) if i != axis)
+    made = t.result(node, have if keep else without(have, [axis]))
+    raw = t.like(node.name, f"{node.name}.place", have, shape) if keep else made
+    t.draft.step("ARG_MAX", 2, [t.value(name), t.ints("axis", [have.index(axis)])], raw, "ArgMaxOptions", outputType=2)
+    if keep:
+        t.reshape(raw, made)
+
+
+def without(order: Order, axes: Sequence[int]) -> Order:
+    """The order of a result that has lost ``axes``."""
+    left = [axis for axis in order if axis not in axes]
+    return tuple(sorted(left).index(axis) for axis in left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,12 @@ from numpy.typing import NDArray
 from ....errors import PlanError
 from ....graph import Node
 from ....integer.dialect import Ints
-from ....integer.ops import levels, numbers
+from ....integer.ops import INTEGER, levels, numbers
 from ....qmodel import Note
-from ..layout import plain
-from ..translation import Translation, act
+from ..layout import channels_last, moved, plain
+from ..translation import Translation, act, factor
 from ..units import agree
-from .windows import place, places
+from .windows import place, places, same_padding
 
 Bools = NDArray[np.bool_]
 
@@ -113,3 +114,72 @@ def linear(t: Translation, node: Node) -> None:
     rank = t.rank(node.name)
     t.draft.step("FULLY_CONNECTED", 4 if np.ptp(w.scale) == 0 else 12, [x, weight, bias], t.result(node, plain(rank)),
                  "FullyConnectedOptions", fusedActivationFunction=act(t, node), keepNumDims=rank > 2)  # fmt: skip
+
+
+def conv_transpose(t: Translation, node: Node) -> None:
+    """TRANSPOSE_CONV, SAME where that cuts off what the node cuts off, else VALID and a slice; a 1-D one is 2-D of height 1.
+
+    TFLite has no dilation here: zeros between the taps are that.
+    """
+    a, w, name = node.attrs, _weights(t, node), node.inputs[0]
+    if a["groups"] > 1:
+        raise PlanError("TFLite's transposed convolution has no groups")
+    codes, line = _dilated(w.codes, a["dilation"]), w.codes.ndim == 3
+    if line:
+        codes = codes[:, :, None]
+    stride, cut, more = [1] * line + list(a["stride"]), [0] * line + list(a["padding"]), [0] * line + list(a["output_padding"])
+    order = channels_last(t.rank(name))
+    x, shape = t.value(name, order), moved(t.shape(name), order)
+    if line:
+        shape = (shape[0], 1, *shape[1:])
+        x = t.reshape(x, t.like(name, f"{node.name}.rows", plain(3), shape))
+    full = [(n - 1) * s + k for n, s, k in zip(shape[1:3], stride, codes.shape[2:])]
+    kept = [n - 2 * c + m for n, c, m in zip(full, cut, more)]
+    same = [same_padding(n, k, s)[0] for n, k, s in zip(kept, codes.shape[2:], stride)]
+    whole = same != cut or [-(-n // s) for n, s in zip(kept, stride)] != list(shape[1:3])
+    sizes = [c + n for c, n in zip(cut, kept)] if whole else kept
+    weight, bias = _enter(t, node, w, codes.transpose(0, 2, 3, 1), 0)
+
+    def step(made: int) -> int:
+        sliced = whole and any(cut)
+        raw = t.like(node.name, f"{node.name}.whole", plain(3), (shape[0], *sizes, len(codes))) if sliced else made
+        size = t.ints("size", [1, *sizes, len(codes)])
+        t.draft.step("TRANSPOSE_CONV", 3, [size, weight, x, bias], raw, "TransposeConvOptions", padding=int(whole),
+                     strideH=stride[0], strideW=stride[1], fusedActivationFunction=act(t, node))  # fmt: skip
+        return t.cut(raw, made, [0, *cut, 0], [0, *sizes, 0], [1] * 4) if sliced else made
+
+    place(t, node, step)
+
+
+def _dilated(codes: Ints, dilation: Sequence[int]) -> Ints:
+    """Taps of (out, in, kernel) with zeros between them."""
+    out = np.zeros((*codes.shape[:2], *((k - 1) * d + 1 for k, d in zip(codes.shape[2:], dilation))), np.int64)
+    out[:, :, *(slice(None, None, d) for d in dilation)] = codes
+    return out
+
+
+def matmul(t: Translation, node: Node) -> None:
+    """BATCH_MATMUL."""
+    a, b, y = (t.units(name) for name in (*node.inputs, node.name))
+    if a.type == "INT8" and node.attrs.get("wide"):
+        raise PlanError("its sums leave int32, in which TFLite adds products of int8")
+    if not agree(node, factor(node), np.float64(a.scale) * np.float64(b.scale) / np.float64(y.scale)):
+        raise PlanError("no scales give its multiplier")
+    if y.act(node) != "NONE":
+        raise PlanError("BATCH_MATMUL of TFLite has no clamp")
+    operands = [t.value(name, plain(t.rank(name))) for name in node.inputs]
+    made = t.result(node, plain(t.rank(node.name)))
+    t.draft.step("BATCH_MATMUL", 2 if a.type == "INT8" else 3, operands, made, "BatchMatMulOptions", adjX=False,
+                 adjY=node.attrs["transpose_b"])  # fmt: skip
+
+
+def embedding(t: Translation, node: Node) -> None:
+    """GATHER of rows that are rescaled here already."""
+    ids, name = node.inputs[:2]
+    rows = np.arange(t.shape(name)[0])
+    codes = INTEGER["embedding"](rows, *(numbers(t.graph, i) for i in node.inputs[1:]), **node.attrs)
+    at, kind = t.units(node.name), t.graph.values[name].dtype
+    table = t.draft.constant(name, at.type, codes, scale=(at.scale,), zero=at.zero)
+    rank = t.rank(node.name)
+    t.draft.step("GATHER", 2, [table, t.value(ids, plain(rank - 1))], t.result(node, plain(rank)), "GatherOptions", axis=0)
+    t.notes.append(Note(name, f"its {kind} rows are held as {at.type.lower()}, in the units of its result"))
