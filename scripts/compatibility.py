@@ -1,6 +1,6 @@
 """Run one-operation models in every runtime that is here and write docs/compatibility.md: exact, off by n, refused, or not run.
 
-    python scripts/compatibility.py [--write]
+    python scripts/compatibility.py [--write] [--only OPERATION]
 
 Each cell is one run of `roundel.verify`: weights and activations of the row's formats, calibrated on random inputs, against the
 simulation of the runtime's own rounding. It judges nothing.
@@ -8,8 +8,9 @@ simulation of the runtime's own rounding. It judges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -29,7 +30,10 @@ WEIGHTED = (("int8", "int8"), ("int4", "int8"), ("int2", "int8"), ("cb16/channel
 PLAIN = ((None, "int8"), (None, "int16"))
 
 #: What is run, in this order; boards by two of them, the rest runs in `make verify-boards`.
-COLUMNS = ("host-c", "qemu-cortex-m4", "tflm", "litert-ref", "litert-builtin", "litert", "onnxruntime", "onnxruntime-qdq")
+COLUMNS = ("host-c", "qemu-cortex-m4", "qemu-riscv32", "tflm", "litert-ref", "litert-builtin", "litert", "onnxruntime",
+           "onnxruntime-qdq", "vela-ethos-u55")  # fmt: skip
+
+EXAMPLES = 16
 
 
 class Fn(nn.Module):
@@ -96,57 +100,108 @@ ROWS = (
 )
 
 
-def cell(row: Row, weights: str | None, activations: str, columns: tuple[str, ...]) -> list[str]:
-    """One line of the table."""
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Footnotes:
+    """Reasons in the order in which they came up, each once; texts that differ in numbers alone are one reason."""
+
+    found: dict[str, str] = field(default_factory=dict)
+
+    def mark(self, why: str) -> str:
+        """The reason's number, from 1, in brackets."""
+        text = reason(why)
+        kind = re.sub(r"-?\d[\d,.]*", "0", text)
+        self.found.setdefault(kind, text)
+        return f"({list(self.found).index(kind) + 1})"
+
+
+def reason(why: str) -> str:
+    """What an error says about the one node that there is: without its name, without where the runtime keeps its sources."""
+    line = why.strip().splitlines()[-1].strip()
+    line = re.sub(r"^\S+ \((\w+)\): ", r"\1: ", line)
+    line = re.sub(r"tflite/kernels/(\w+)\.cc:\d+ ", r"\1: ", line)
+    return re.sub(r"Node number 0 \((\w+)\) failed to \w+\.", r" (\1)", line).rstrip(".").replace("|", "\\|")
+
+
+def formats(row: Row) -> Sequence[tuple[str | None, str]]:
+    return WEIGHTED if row.weighted else PLAIN
+
+
+def cells(row: Row, weights: str | None, activations: str, columns: Sequence[str], notes: Footnotes) -> list[str]:
+    """What each runtime makes of one operation in one pair of formats."""
     torch.manual_seed(0)
     examples = tuple(torch.randn(64, *shape) for shape in row.shapes)
-    model = row.make().eval()
     try:
-        q = rd.quantize(model, weights or "float", activations, data=_data(examples))
-        found = rd.verify(q, columns, _data(tuple(x[:16] for x in examples)))
+        q = rd.quantize(row.make().eval(), weights or "float", activations, data=[Batch(examples)])
+        found = rd.verify(q, columns, [Batch(tuple(x[:EXAMPLES] for x in examples))])
     except rd.RoundelError as err:
-        return [f"not lowered: {_why(str(err))}"] + [""] * (len(columns) - 1)
-    return [_said(found[name]) for name in columns]
+        return [f"not lowered {notes.mark(str(err))}"] * len(columns)
+    return [said(found[name], notes) for name in columns]
 
 
-def _data(xs: tuple[Tensor, ...]) -> list[Batch]:
-    return [Batch(xs)]
-
-
-def _said(v: Verification) -> str:
+def said(v: Verification, notes: Footnotes) -> str:
     if v.why is not None:
-        return "refused"
+        return f"refused {notes.mark(v.why)}"
+    if v.runtime.startswith("vela"):
+        return "on the NPU" if v.exact else f"{v.differing} of {v.total} not on the NPU"
     if v.exact:
         return "exact"
-    most = max(map(abs, v.histogram))
-    return f"off by {most}: {v.differing:,} of {v.total:,}"
+    return f"off by {max(map(abs, v.histogram))}: {v.differing:,} of {v.total:,}"
 
 
-def _why(text: str) -> str:
-    return text.splitlines()[-1].strip().partition(": ")[2] or text.splitlines()[0]
+# -- the page ---------------------------------------------------------------------------------------------------------
 
 
-@click.command()
-@click.option("--write", is_flag=True, help="Put the page in its place in docs/.")
-def main(write: bool) -> None:
-    """Print the table."""
-    here = tuple(name for name in COLUMNS if runtime(name)[0].absent(name) is None)
-    lines = ["# Compatibility", "", "`python scripts/compatibility.py --write`", ""]
-    lines += [
-        "Each cell is a run of one operation with 16 random inputs, compared code by code with the simulation of the runtime's own"
+def head(columns: Sequence[str]) -> list[str]:
+    """The page down to the head of its table, as run with these runtimes."""
+    lines = [
+        "# Compatibility",
+        "",
+        "`python scripts/compatibility.py --write`",
+        "",
+        f"Each cell is a run of one operation with {EXAMPLES} random inputs, every code that the runtime shows compared with the",
+        "simulation of its own rounding (docs/integer.md): *exact*, or *off by n* at most and how many codes differ.",
+        "*Refused*: the exporter or the runtime says no; *not lowered*: there is no integer form; the number is the reason's, below.",
+        "vela-ethos-u55 runs nothing: it says what it would place on the NPU.",
     ]
-    lines += ["rounding (docs/integer.md). *Refused*: the exporter or the runtime says no, by name."]
-    if missing := [name for name in COLUMNS if name not in here]:
-        lines += [f"Not run here: {', '.join(missing)}."]
+    if missing := [name for name in COLUMNS if name not in columns]:
+        lines.append(f"Not run here: {', '.join(missing)}.")
     lines += [f"Runtimes that are not in the table: {', '.join(name for name in RUNTIMES if name not in COLUMNS)}.", ""]
-    lines += ["| operation | weights | activations | " + " | ".join(here) + " |", "|" + " --- |" * (len(here) + 3)]
-    for row in ROWS:
-        for weights, activations in WEIGHTED if row.weighted else PLAIN:
-            cells = cell(row, weights, activations, here)
-            lines.append(f"| {row.name} | {weights or ''} | {activations} | " + " | ".join(cells) + " |")
-            click.echo(lines[-1])
+    return [*lines, "| operation | weights | activations | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 3)]
+
+
+def rows(chosen: Sequence[Row], columns: Sequence[str], notes: Footnotes) -> Iterator[str]:
+    """The lines of the table."""
+    for row in chosen:
+        for weights, activations in formats(row):
+            found = cells(row, weights, activations, columns, notes)
+            yield f"| {row.name} | {weights or ''} | {activations} | " + " | ".join(found) + " |"
+
+
+def page(chosen: Sequence[Row], columns: Sequence[str], tell: Callable[[str], None]) -> str:
+    """The whole page; ``tell`` hears every line of the table as it is made."""
+    notes, lines = Footnotes(), head(columns)
+    for line in rows(chosen, columns, notes):
+        tell(line)
+        lines.append(line)
+    reasons = [f"{i}. {text}" for i, text in enumerate(notes.found.values(), 1)]
+    return "\n".join([*lines, "", "## Reasons", "", *reasons] if reasons else lines) + "\n"
+
+
+@click.command(help=__doc__)
+@click.option("--write", is_flag=True, help="Put the page in its place in docs/.")
+@click.option("--only", multiple=True, type=click.Choice([row.name for row in ROWS]), help="Only this operation; not with --write.")
+def main(write: bool, only: tuple[str, ...]) -> None:
+    if write and only:
+        raise click.UsageError("--write writes the whole page: leave --only out")
+    torch.set_num_threads(1)
+    here = [name for name in COLUMNS if runtime(name)[0].absent(name) is None]
+    text = page([row for row in ROWS if not only or row.name in only], here, click.echo)
+    click.echo(text.partition("## Reasons")[2])
     if write:
-        PAGE.write_text("\n".join(lines) + "\n")
+        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

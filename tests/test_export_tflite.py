@@ -205,20 +205,22 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "pad-other": lambda: (Of(lambda c, x: F.pad(c(x), (1, 1, 1, 1), value=0.75), nn.Conv2d(6, 4, 1)), (image(),)),
     "transposed": lambda: (nn.ConvTranspose2d(6, 5, 3, stride=2), (image(),)),
     "transposed-same": lambda: (nn.ConvTranspose2d(6, 5, 4, stride=2, padding=1), (image(),)),
-    "transposed-cut": lambda: (nn.Sequential(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), nn.ReLU()), (image(),)),
+    "transposed-cut": lambda: (nn.Sequential(nn.ConvTranspose2d(6, 8, 3, 2, 1, 1), nn.ReLU()), (image(),)),
     "transposed-dilated": lambda: (nn.ConvTranspose2d(6, 5, (3, 2), stride=(1, 3), dilation=2, bias=False), (image(),)),
     "transposed-1d": lambda: (nn.ConvTranspose1d(6, 5, 4, stride=2, padding=1), (torch.randn(16, 6, 20),)),
     "nearest": lambda: (nn.Upsample(scale_factor=2), (image(),)),
     "nearest-odd": lambda: (nn.Sequential(nn.Conv2d(6, 4, 3), nn.Upsample(size=(11, 5)), nn.Conv2d(4, 3, 1)), (image(),)),
     "shuffle": lambda: (nn.Sequential(nn.Conv2d(6, 12, 3), nn.PixelShuffle(2)), (image(),)),
-    "shuffle-one": lambda: (nn.Sequential(nn.Conv2d(6, 9, 3), nn.PixelShuffle(3)), (image(),)),
+    "shuffle-one": lambda: (nn.Sequential(nn.Conv2d(6, 9, 1), nn.PixelShuffle(3)), (image(),)),
     "matmul": lambda: (Of(torch.matmul), (torch.randn(16, 3, 4, 8), torch.randn(16, 3, 8, 5) + 1)),
     "matmul-turned": lambda: (Of(lambda a, b: a @ b.transpose(-1, -2)), (torch.randn(16, 4, 8) - 1, torch.randn(16, 5, 8))),
     "scores": lambda: (Of(lambda a, b, x: a(x) @ b(x).transpose(1, 2), nn.Linear(8, 6), nn.Linear(8, 6)), (torch.randn(16, 5, 8),)),
     "embedding": lambda: (nn.Embedding(50, 8), (torch.randint(0, 50, (16, 7)),)),
     "token-net": lambda: (nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4), nn.ReLU()), (torch.randint(0, 50, (16, 7)),)),
-    "gather": lambda: (Of(lambda x: x[:, torch.tensor([3, 0, -1])]), (torch.randn(16, 5, 12),)),
-    "gather-channels": lambda: (Of(lambda c, x: c(x)[:, torch.tensor([3, 0, -1])], nn.Conv2d(6, 4, 3)), (image(),)),
+    "gather": lambda: (Of(lambda x: x[:, torch.tensor([3, 0, 3])]), (torch.randn(16, 5, 12),)),
+    "gather-channels": lambda: (Of(lambda c, x: c(x)[:, torch.tensor([3, 0, 3])], nn.Conv2d(6, 4, 3)), (image(),)),
+    "argmax": lambda: (Of(lambda c, x: c(x).argmax(1), nn.Conv2d(6, 4, 3)), (image(),)),
+    "argmax-keep": lambda: (Of(lambda c, x: c(x).argmax(-1, keepdim=True), nn.Conv2d(6, 4, 3)), (image(),)),
     "amax": lambda: (Of(lambda c, x: c(x).amax((2, 3)), nn.Conv2d(6, 4, 3)), (image(),)),
     "amax-channels": lambda: (Of(lambda c, x: c(x).amax(1), nn.Conv2d(6, 4, 3)), (image(),)),
     "prelu": lambda: (nn.Sequential(nn.Conv2d(6, 8, 3), slopes(8)), (image(),)),
@@ -258,7 +260,7 @@ def alone(q: QModel, graph: Graph, node: Node, seen: Mapping[str, Ints]) -> tupl
     """One node's graph, the codes at its doors, and its operands."""
     one = single(q, graph, node)
     doors = dict.fromkeys(name for name in node.inputs if name in seen)
-    given = {door.inputs[0]: seen[name] for door, name in zip((n for n in one if n.op == "quantize"), doors, strict=True)}
+    given = {door: seen[name] for door, name in zip(one.inputs, doors, strict=True)}
     return one, given, [seen[name] if name in seen else numbers(graph, name) for name in node.inputs]
 
 
@@ -282,9 +284,9 @@ def test_operation_in_litert(name: str, tmp_path: Path) -> None:
             got = litert.run(q, one, given, tmp_path, kernels)[node.name]
             if kernels == "litert-builtin" and (eights := by_eights(one, tmp_path, want)) is not None:
                 want = np.where(eights, want, computed(node, "R1", operands))
-            if kernels == "litert" and node.op == "rescale":  # XNNPACK's factor has 8 bits
-                assert 0 < np.count_nonzero(got != want) < 0.1 * got.size
-                assert np.abs(got - want).max() == 1
+            if kernels == "litert" and node.op in ("rescale", "resize"):  # XNNPACK's factor has 8 bits
+                assert np.count_nonzero(got != want) < 0.1 * got.size
+                assert np.abs(got - want).max() <= 1
             else:
                 assert np.count_nonzero(got != want) == 0, f"{node.name} ({node.op}) in {kernels}"
 

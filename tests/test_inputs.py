@@ -582,7 +582,7 @@ NETS = f"""
 
     def endless():
         import importlib
-        room = importlib.import_module("roundel.quantize")
+        room = importlib.import_module("roundel.quantize.weights")
         solve = room.rtn
 
         def again(*args, **named):

@@ -586,7 +586,7 @@ WRONG: dict[str, tuple[Callable[[nn.Module, Tensor], object], type[Exception], s
     "dynamic weights": (lambda m, x: rd.quantize(m, "int8:dynamic", data=[x]), rd.PlanError, "takes no ':dynamic'"),
     "static tokens": (lambda m, x: rd.quantize(m, "int8", "int8/token", data=[x]), rd.PlanError, "use /tensor, or ':dynamic'"),
     "learned activations": (lambda m, x: rd.quantize(m, "int8", "cb16", data=[x]), rd.PlanError, "learns its table"),
-    "static, no data": (lambda m, x: rd.quantize(m, "int8", "int8"), rd.PlanError, "need calibration data: pass data="),
+    "static, no data": (lambda m, x: rd.quantize(m, "int8", "int8"), rd.PlanError, "need calibration data"),
     "no batches": (lambda m, x: rd.quantize(m, data=[]), rd.InputError, "no batches"),
     "a number as data": (lambda m, x: rd.quantize(m, data=5), rd.InputError, "type int"),
     "a path as data": (lambda m, x: rd.quantize(m, data="x.npz"), rd.InputError, "load_data"),

@@ -15,6 +15,7 @@ from ..graph import Graph
 from ..integer.dialect import Ints
 from ..integer.ops import INTEGER
 from ..qmodel import QModel
+from ..readers._tflite_file import read_file
 from ._tflite import from_file, inputs_of, to_file
 
 NAME = "litert"
@@ -27,7 +28,7 @@ _SUMS = ("conv", "conv_transpose", "linear", "sum", "sum_pool")
 #: softmax of its own; linear layers of int16 keep 31 bits of the multiplier in all three. Each is a unit off at most.
 KERNELS: dict[str, tuple[str, bool, dict[str, str]]] = {
     "litert": ("BUILTIN", False, {**dict.fromkeys(_SUMS, "R4"), "mul": "R4", "add": "R2", "sub": "R2"}),
-    "litert-builtin": ("BUILTIN_WITHOUT_DEFAULT_DELEGATES", True, dict.fromkeys(_SUMS, "R3")),
+    "litert-builtin": ("BUILTIN_WITHOUT_DEFAULT_DELEGATES", True, {**dict.fromkeys(_SUMS, "R3"), "conv_transpose": "R1"}),
     "litert-ref": ("BUILTIN_REF", True, {"linear": "R2a"}),
 }
 
@@ -43,7 +44,8 @@ def dialects(name: str = NAME) -> Mapping[str, str]:
 
 
 def run(q: QModel, graph: Graph, codes: Mapping[str, Ints], folder: Path, name: str = NAME) -> dict[str, Ints]:
-    """Export ``graph`` into ``folder`` and run it, the whole batch at once: value name -> codes (N, ...) in PyTorch's layout.
+    """Export ``graph`` into ``folder`` and run it: value name -> codes (N, ...) in PyTorch's layout. The whole batch goes at once,
+    but where an operator holds the size of its result.
 
     Raises `PlanError` for what cannot be exported or a set of kernels that is not, `CheckError` where LiteRT refuses the file.
     """
@@ -54,6 +56,11 @@ def run(q: QModel, graph: Graph, codes: Mapping[str, Ints], folder: Path, name: 
     resolver, visible, _ = _kernels(name)
     written = write(q, graph, folder / "model.tflite")
     given = inputs_of(graph, codes)
+    ready = {port: to_file(batch, written.inputs[port], dtype) for port, (batch, dtype) in given.items()}
+    count = len(next(iter(ready.values())))
+    batched = all(op.op != "TRANSPOSE_CONV" for op in read_file(written.path).operators)
+    shown = written.places if visible else written.outputs
+    seen: dict[str, list[Ints]] = {value: [] for value in shown}
     try:
         interpreter: Any = Interpreter(
             str(written.path),
@@ -61,17 +68,19 @@ def run(q: QModel, graph: Graph, codes: Mapping[str, Ints], folder: Path, name: 
             experimental_preserve_all_tensors=visible,
             num_threads=1,
         )
-        ready = {port: to_file(batch, written.inputs[port], dtype) for port, (batch, dtype) in given.items()}
+        size = count if batched else min(count, 1)
         for port, batch in ready.items():
-            interpreter.resize_tensor_input(written.inputs[port].tensor, batch.shape)
+            interpreter.resize_tensor_input(written.inputs[port].tensor, [size, *batch.shape[1:]])
         interpreter.allocate_tensors()
-        for port, batch in ready.items():
-            interpreter.set_tensor(written.inputs[port].tensor, batch)
-        interpreter.invoke()
+        for first in range(0, count, max(size, 1)):
+            for port, batch in ready.items():
+                interpreter.set_tensor(written.inputs[port].tensor, batch[first : first + size])
+            interpreter.invoke()
+            for value, place in shown.items():
+                seen[value].append(from_file(np.asarray(interpreter.get_tensor(place.tensor)), place))
     except (RuntimeError, ValueError) as err:
         raise CheckError(f"LiteRT refuses the exported file: {err}") from err
-    shown = written.places if visible else written.outputs
-    return {value: from_file(np.asarray(interpreter.get_tensor(place.tensor)), place) for value, place in shown.items()}
+    return {value: np.concatenate(parts) for value, parts in seen.items()}
 
 
 def _kernels(name: str) -> tuple[str, bool, dict[str, str]]:

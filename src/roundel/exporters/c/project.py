@@ -1,7 +1,7 @@
 """The folder that a firmware project takes: the network in C, a self-test with golden vectors, and build fragments.
 
 The self-test prints one checksum (CRC-32) for each call, over all vectors, and PASS or FAIL. Where a compiler is at hand it has
-passed before any file is left. Not here: the C of the network (`emit`), boards (`runtimes.qemu`).
+passed before any file is left; files take their places together. Not here: the C of the network (`emit`), boards (`runtimes.qemu`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckError, InputError
-from ...files import atomic_write, show
+from ...files import show
 from ...graph import Graph
 from ...integer import simulate
 from ...integer.dialect import Ints
@@ -59,23 +60,46 @@ def write(
     `CheckError` where the self-test fails here; nothing is left then.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"cannot write firmware into {show(path)}: it is not a folder")
     source = emit(graph, name or folder.name)
     texts = _texts(graph, source, vectors if vectors is not None else examples(graph))
     checked = self_test(texts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise InputError(f"cannot make the folder {show(path)}: {err.strerror}") from err
-    for file, text in texts.items():
-        atomic_write(folder / file, [text.encode()])
+    _put(folder, texts)
     arena = source.arena
     ratio = arena.nbytes / max(arena.bound, 1)
     told = [Note("arena", f"{arena.nbytes:,} bytes, {ratio:.3f} of the lower bound {arena.bound:,}")]
     if not checked:
         told.append(Note("self-test", "no C compiler here: the C was written and not run"))
     return Written(folder, tuple(texts), arena.nbytes, arena.bound, source.const_bytes, checked, tuple(told))
+
+
+def _put(folder: Path, texts: Mapping[str, str]) -> None:
+    """All files or none: a full disk fails beside them, before the first takes its place."""
+    made: list[Path] = []
+    try:
+        for part in (*reversed(folder.parents), folder):
+            if not part.exists():
+                part.mkdir(exist_ok=True)
+                made.insert(0, part)
+        if blocked := [file for file in texts if (folder / file).is_dir()]:
+            raise InputError(f"cannot write firmware into {show(folder)}: {blocked[0]} is a folder there")
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as beside:
+            for file, text in texts.items():
+                with open(Path(beside) / file, "w") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            for file in texts:
+                os.replace(Path(beside) / file, folder / file)
+    except (OSError, ValueError, InputError) as err:
+        for part in made:
+            with suppress(OSError):  # it holds something by now
+                part.rmdir()
+        if isinstance(err, InputError):
+            raise
+        why = err.strerror if isinstance(err, OSError) else err
+        raise InputError(f"cannot write firmware into {show(folder)}: {why}") from err
 
 
 def examples(graph: Graph) -> dict[str, Ints]:

@@ -49,14 +49,13 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                 }
                 vst2q_s32(sum, both);
                 for (int32_t i = 0; i < 8; i += 4) {
-                    vstrwq_s32(sum + i, vaddq_s32(vldrwq_s32(sum + i), vldrwq_s32(bias + c + i)));
-                    results_Y_R(sum + i, 4, a->multiplier + c + i, a->shift + c + i, &a->to, y + c + i);
+                    results_Y_R(sum + i, bias + c + i, 4, a->multiplier + c + i, a->shift + c + i, &a->to, y + c + i);
                 }
             }
 #endif
             for (; c + 4 <= channels; c += 4) {
                 const V *weight = (const V *)a->weight + c;
-                S sum[4] = {bias[c], bias[c + 1], bias[c + 2], bias[c + 3]};
+                S sum[4] = {0, 0, 0, 0};
                 for (int32_t t = 0; t < taps; t++, weight += channels) {
                     const X *codes = tap[t] + c;
                     sum[0] += codes[0] * weight[0];
@@ -64,7 +63,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                     sum[2] += codes[2] * weight[2];
                     sum[3] += codes[3] * weight[3];
                 }
-                results_Y_R(sum, 4, a->multiplier + c, a->shift + c, &a->to, y + c);
+                results_Y_R(sum, bias + c, 4, a->multiplier + c, a->shift + c, &a->to, y + c);
             }
             for (; c < channels; c++) {
                 S sum = bias[c];

@@ -30,34 +30,31 @@ static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last
 #include "results.c"
 static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last, const void *columns, int32_t count, Y *y, int32_t step)
 {
-    const int32_t *bias = a->bias;
+    const mve_pred16_t lanes = vctp8q((uint32_t)a->depth & 15u);
+    const int32_t stride = a->stride, *bias = a->bias;
     for (int32_t o = first; o < last; o += 4) {
         const int32_t n = last - o < 4 ? last - o : 4;
-        const int8_t *rows = a->weight + o * a->stride;
+        const int8_t *rows = a->weight + o * stride;
         for (int32_t i = 0; i < count; i++) {
             const int8_t *x = (const int8_t *)columns + i * a->span;
-            const int8_t *one = rows, *two = n > 1 ? one + a->stride : one, *three = n > 2 ? two + a->stride : two;
-            const int8_t *four = n > 3 ? three + a->stride : three;
-            int32_t sum[4] = {0, 0, 0, 0}, left = a->depth;
-            for (; left >= 16; left -= 16, one += 16, two += 16, three += 16, four += 16, x += 16) {
+            const int8_t *w0 = rows, *w1 = n > 1 ? w0 + stride : w0, *w2 = n > 2 ? w1 + stride : w1, *w3 = n > 3 ? w2 + stride : w2;
+            int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            for (int32_t k = a->depth >> 4; k > 0; k--, w0 += 16, w1 += 16, w2 += 16, w3 += 16, x += 16) {
                 const int8x16_t codes = vldrbq_s8(x);
-                sum[0] = vmladavaq_s8(sum[0], codes, vldrbq_s8(one));
-                sum[1] = vmladavaq_s8(sum[1], codes, vldrbq_s8(two));
-                sum[2] = vmladavaq_s8(sum[2], codes, vldrbq_s8(three));
-                sum[3] = vmladavaq_s8(sum[3], codes, vldrbq_s8(four));
+                s0 = vmladavaq_s8(s0, codes, vldrbq_s8(w0));
+                s1 = vmladavaq_s8(s1, codes, vldrbq_s8(w1));
+                s2 = vmladavaq_s8(s2, codes, vldrbq_s8(w2));
+                s3 = vmladavaq_s8(s3, codes, vldrbq_s8(w3));
             }
-            if (left > 0) {
-                const mve_pred16_t lanes = vctp8q((uint32_t)left); /* weights past the end are 0, whatever the column holds there */
+            if (a->depth & 15) { /* weights past the end are 0, whatever the column holds there */
                 const int8x16_t codes = vldrbq_s8(x);
-                sum[0] = vmladavaq_s8(sum[0], codes, vldrbq_z_s8(one, lanes));
-                sum[1] = vmladavaq_s8(sum[1], codes, vldrbq_z_s8(two, lanes));
-                sum[2] = vmladavaq_s8(sum[2], codes, vldrbq_z_s8(three, lanes));
-                sum[3] = vmladavaq_s8(sum[3], codes, vldrbq_z_s8(four, lanes));
+                s0 = vmladavaq_s8(s0, codes, vldrbq_z_s8(w0, lanes));
+                s1 = vmladavaq_s8(s1, codes, vldrbq_z_s8(w1, lanes));
+                s2 = vmladavaq_s8(s2, codes, vldrbq_z_s8(w2, lanes));
+                s3 = vmladavaq_s8(s3, codes, vldrbq_z_s8(w3, lanes));
             }
-            for (int32_t k = 0; k < n; k++) {
-                sum[k] += bias[o + k];
-            }
-            results_Y_R(sum, n, a->multiplier + o, a->shift + o, &a->to, y + i * step + o - first);
+            const int32_t sum[4] = {s0, s1, s2, s3};
+            results_Y_R(sum, bias + o, n, a->multiplier + o, a->shift + o, &a->to, y + i * step + o - first);
         }
     }
 }

@@ -108,7 +108,7 @@ def depth_to_space(t: Translation, node: Node) -> None:
         x = t.reshape(x, t.like(name, f"{node.name}.split", order, split))
         x = t.turn(x, t.like(name, f"{node.name}.turned", order, turned), split, (0, 1, 3, 2))
         x = t.reshape(x, t.like(name, f"{node.name}.depth", order, (n, height, width, depth)))
-    t.draft.step("DEPTH_TO_SPACE", 2, [x], t.result(node, order), "DepthToSpaceOptions", blockSize=block)
+    t.draft.step("DEPTH_TO_SPACE", 1, [x], t.result(node, order), "DepthToSpaceOptions", blockSize=block)
 
 
 def resize(t: Translation, node: Node) -> None:

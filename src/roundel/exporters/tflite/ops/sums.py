@@ -118,11 +118,13 @@ def argmax(t: Translation, node: Node) -> None:
     name, keep, rank = node.inputs[0], node.attrs["keepdim"], t.rank(node.inputs[0])
     if t.units(name).type != "INT8":
         raise PlanError("TFLite's ARG_MAX takes int8")
-    axis, have = node.attrs["axis"] % rank, t.orders[name]
+    axis, own = node.attrs["axis"] % rank, t.orders[node.name]
+    fits = (order for order in (t.orders[name], plain(rank)) if own == (order if keep else without(order, [axis])))
+    have = next(fits)  # the plain one does: an index, which TFLite Micro cannot transpose, lies as in the graph
     shape = tuple(n for i, n in zip(have, moved(t.shape(name), have)) if i != axis)
-    made = t.result(node, have if keep else without(have, [axis]))
+    made = t.result(node)
     raw = t.like(node.name, f"{node.name}.place", have, shape) if keep else made
-    t.draft.step("ARG_MAX", 2, [t.value(name), t.ints("axis", [have.index(axis)])], raw, "ArgMaxOptions", outputType=2)
+    t.draft.step("ARG_MAX", 2, [t.value(name, have), t.ints("axis", [have.index(axis)])], raw, "ArgMaxOptions", outputType=2)
     if keep:
         t.reshape(raw, made)
 

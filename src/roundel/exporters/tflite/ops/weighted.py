@@ -140,6 +140,9 @@ def conv_transpose(t: Translation, node: Node) -> None:
     sizes = [c + n for c, n in zip(cut, kept)] if whole else kept
     weight, bias = _enter(t, node, w, codes.transpose(0, 2, 3, 1), 0)
 
+    if t.batched(name):
+        t.notes.append(Note(node.name, "TRANSPOSE_CONV holds the shape of its result: the file takes one example at a time"))
+
     def step(made: int) -> int:
         sliced = whole and any(cut)
         raw = t.like(node.name, f"{node.name}.whole", plain(3), (shape[0], *sizes, len(codes))) if sliced else made

@@ -1,0 +1,238 @@
+"""The two kinds of network that can be quantized, behind the same methods: a graph, or ordinary modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibrate import Progress, calibrate, run
+from ..data import Batch
+from ..errors import InputError, PlanError
+from ..formats.qtensor import QTensor
+from ..graph import BATCH, Graph, GraphModule, Node
+from ..network.capture import capture
+from ..network.fuse import fuse
+from ..network.huggingface import hf_config
+from ..network.layer import WEIGHTED, Activation
+from ..network.sites import find_sites, find_slots, find_weights
+from ..network.walk import Leaf, leaf_slots, leaves, member, state
+from ..plan import Choice, Plan, Slot
+from ..qmodel import HF, Constants, External, Note, QModel, share
+from ..ranges import known_ranges
+from ..refine import Solve, hessians, refine
+from ..stats import Stats
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight to quantize: its values and the axis of its outputs."""
+
+    name: str
+    weight: Tensor
+    axis: int
+
+
+class GraphNetwork:
+    """A fused graph: every edge is a site."""
+
+    def __init__(self, graph: Graph, notes: list[Note]) -> None:
+        self.graph = graph
+        self.module: nn.Module = GraphModule(graph).eval()
+        self.groups = find_sites(graph)
+        self.found = find_weights(graph)
+        self.targets = [
+            Target(name, graph.constants[name], 1 if node.op == "conv_transpose" and node.attrs.get("groups", 1) == 1 else 0)
+            for name, node in self.found.items()
+        ]
+        self.tied = {f"{node.name}.weight": node for node in graph.nodes if _reads_anothers(node, self.found)}
+        self.sites: set[str] = set()
+        # batches must keep their size where the first input has no axis for them, or a fixed one
+        first = graph.values.get(next(iter(graph.inputs), ""))
+        self.whole = first is not None and BATCH not in first.shape[:1]
+        _left(notes, [node.inputs[1] for node in graph.nodes if node.op in WEIGHTED and node.inputs[1] in graph.constants
+                      and node.inputs[1] not in self.found])  # fmt: skip
+
+    def resolve(self, plan: Plan) -> dict[str, Choice | None]:
+        """Static rules decide sites, dynamic ones the inputs of weighted layers; a plan may hold both."""
+        static, dynamic = find_slots(self.graph, True), find_slots(self.graph, False)
+        aliases = [Slot(name, node.name, "weight") for name, node in self.tied.items()]
+        both = {slot.name: slot for slot in [*static, *dynamic, *aliases]}
+        table = plan.resolve(both.values())
+        _check_ties(table, {name: node.inputs[1] for name, node in self.tied.items()})
+        weights = {slot.name for slot in static if slot.kind == "weight"}
+        whole = {slot.name for slot in static} - weights
+        kept: dict[str, Choice | None] = {name: table[name] for name in weights}
+        for name in whole:
+            kept[name] = c if (c := table[name]) is None or c.when == "static" else None
+        for slot in dynamic:
+            if slot.kind == "activation" and (c := table[slot.name]) is not None and c.when == "dynamic":
+                kept[slot.name] = c
+        self.sites = whole | {slot.name for slot in dynamic if slot.kind == "activation"}
+        return kept
+
+    def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
+        return calibrate(self.module, items, only=only, progress=progress)
+
+    def known(self) -> dict[str, tuple[float, float]]:
+        return known_ranges(self.graph, self.groups)
+
+    def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
+                progress: Progress | None) -> QModel:  # fmt: skip
+        """Layer by layer, on the inputs that the quantized layers before leave."""
+        assert isinstance(self.module, GraphModule)
+        return refine(q, self.module, items, solve and solving(self, q, solve, progress), bias)
+
+    def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
+               notes: tuple[Note, ...]) -> QModel:  # fmt: skip
+        rest = {name: t.detach().clone() for name, t in self.graph.constants.items() if name not in tensors}
+        structure = replace(self.graph, constants=Constants({**tensors, **rest}))
+        said = tuple(Note("model", text) for text in self.graph.notes)
+        return QModel(structure, tensors, chosen, plan, rest, provenance, said + notes)
+
+
+class ModuleNetwork:
+    """An ordinary network whose weighted leaf modules are replaced; the sites are their inputs."""
+
+    def __init__(self, module: nn.Module, notes: list[Note]) -> None:
+        self.module = module
+        self.found: dict[str, Leaf] = leaves(module)
+        self.tied = _ties(module)
+        named = {member(name, "weight"): one for name, one in self.found.items()}
+        self.targets = [Target(name, one.weight, one.axis) for name, one in named.items() if name not in self.tied]
+        self.sites = {member(name, "input") for name in self.found}
+        self.whole = False
+        _left(notes, [name for name, p in module.named_parameters() if p.ndim >= 2 and name not in named])
+
+    def resolve(self, plan: Plan) -> dict[str, Choice | None]:
+        table = plan.resolve(leaf_slots(self.found))
+        _check_ties(table, self.tied)
+        return {name: c for name, c in table.items() if name not in self.tied}
+
+    def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
+        return calibrate(self.module, items, only=only, progress=progress)
+
+    def known(self) -> dict[str, tuple[float, float]]:
+        return {}
+
+    def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
+                progress: Progress | None) -> QModel:  # fmt: skip
+        """Every layer on the inputs that the float network gives it: one pass, all Hessians in memory."""
+        if solve is None:
+            return q
+        new, solve_one = dict(q.tensors), solving(self, q, solve, progress)
+        for name, hessian in hessians(self.module, self.found, items, set(new)).items():
+            new[name] = solve_one(name, hessian)
+        return replace(q, tensors=new)
+
+    def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
+               notes: tuple[Note, ...]) -> QModel:  # fmt: skip
+        gone = set(tensors) | {alias for alias, first in self.tied.items() if first in tensors}
+        rest = {name: t.clone() for name, t in state(self.module).items() if name not in gone and name not in self.tied}
+        config = hf_config(self.module)
+        kind = type(self.module)
+        structure = HF(config) if config is not None else External(f"{kind.__module__}:{kind.__qualname__}")
+        return QModel(
+            structure,
+            tensors,
+            chosen,
+            plan,
+            rest,
+            provenance,
+            notes,
+            self.tied,
+            template=None if config is not None else share(self.module),
+        )
+
+
+def solving(network: GraphNetwork | ModuleNetwork, q: QModel, solve: Callable[..., QTensor], progress: Progress | None) -> Solve:
+    """``solve`` by the name of a weight, in the format that the weight has."""
+    targets = {target.name: target for target in network.targets}
+    done: list[str] = []
+
+    def one(name: str, hessian: Tensor) -> QTensor:
+        target, fmt = targets[name], q.tensors[name].format
+        if progress:
+            done.append(name)
+            progress("solve", len(done), len(q.tensors))
+        return solve(target.weight, fmt, hessian, axis=target.axis)
+
+    return one
+
+
+def find_network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> GraphNetwork | ModuleNetwork:
+    """A graph where the model is one or can be captured; transformers models and what cannot be captured go the module path."""
+    if isinstance(model, GraphModule):
+        return GraphNetwork(fuse(model.graph), notes)
+    if hf_config(model) is not None:
+        return ModuleNetwork(model, notes)
+    if items is None:
+        notes.append(
+            Note(
+                "model",
+                "without data to trace it with, the file holds no structure: give data (data=, --data), or load(path, into=module)",
+            )
+        )
+        return ModuleNetwork(model, notes)
+    example = items[0].named or items[0].args
+    if len({tuple((name, x.shape[1:]) for name, x in _inputs(batch)) for batch in items}) > 1:
+        text = "its batches differ in more than the batch size, which one graph cannot follow; its layers are quantized in place"
+        notes.append(Note("model", f"{text}, each layer's input only", fallback=True))
+        return ModuleNetwork(model, notes)
+    try:
+        return GraphNetwork(fuse(capture(model, example)), notes)
+    except InputError as err:
+        run(model, items[0])  # where it cannot run on the data at all, that is the answer
+        notes.append(
+            Note(
+                "model",
+                f"it cannot be captured as a graph ({err}); its layers are quantized in place, each layer's input only, "
+                "and the file needs load(path, into=module)",
+                fallback=True,
+            )
+        )
+        return ModuleNetwork(model, notes)
+
+
+def _inputs(batch: Batch) -> list[tuple[str, Tensor]]:
+    return [*((str(i), x) for i, x in enumerate(batch.args)), *sorted(batch.named.items())]
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Name -> the earlier name of the same tensor, over the whole state."""
+    first: dict[tuple[Any, ...], str] = {}
+    ties = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_meta:
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if key in first:
+                ties[name] = first[key]
+            first.setdefault(key, name)
+    return ties
+
+
+def _reads_anothers(node: Node, found: Mapping[str, Node]) -> bool:
+    """Whether a layer computes with the weight of another, as a tied head does; a layer that runs again only has a number."""
+    if node.op not in WEIGHTED or found.get(node.inputs[1], node) is node:
+        return False
+    return not re.fullmatch(re.escape(node.inputs[1].removesuffix(".weight")) + r"(_\d+)?", node.name)
+
+
+def _check_ties(table: Mapping[str, Choice | None], tied: Mapping[str, str]) -> None:
+    for alias, first in tied.items():
+        if alias in table and first in table and table[alias] != table[first]:
+            raise PlanError(f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither")
+
+
+def _left(notes: list[Note], names: list[str]) -> None:
+    """List the weights that nothing here can quantize."""
+    if names:
+        what = "parameters are in no layer that Roundel quantizes and stay as they are"
+        notes.append(Note("model", f"{len(names)} {what}: {some(names)}", fallback=True))
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,90 @@
+"""Every weight rounded to nearest, and what that did to unusual ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..calibrate import Progress
+from ..errors import FormatError
+from ..formats.format import Format, with_real
+from ..formats.grid import Levels, Uniform
+from ..formats.qtensor import QTensor, to_matrix
+from ..plan import Choice
+from ..qmodel import Note
+from ..solvers import rtn
+from .networks import GraphNetwork, ModuleNetwork, Target
+
+#: A number is an outlier when it is this many times the usual (median) magnitude of its tensor.
+OUTLIER = 1e4
+
+
+def round_weights(
+    network: GraphNetwork | ModuleNetwork, table: Mapping[str, Choice | None], progress: Progress | None, notes: list[Note]
+) -> dict[str, QTensor]:
+    """Every weight rounded to nearest."""
+    tensors: dict[str, QTensor] = {}
+    for i, target in enumerate(network.targets):
+        choice = table.get(target.name)
+        if choice is not None and target.weight.numel() == 0:
+            notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
+        elif choice is not None:
+            tensors[target.name] = _rounded(target, choice.format, notes)
+            _tell_outlier(target, tensors[target.name], notes)
+        if progress:
+            progress("quantize", i + 1, len(network.targets))
+    return tensors
+
+
+def _rounded(target: Target, fmt: Format, notes: list[Note]) -> QTensor:
+    """One weight rounded; scales are kept as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
+    wide = with_real(fmt, "fp32")
+    if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(target, wide):
+        kept = rtn(target.weight, wide, axis=target.axis)
+        if torch.equal(kept.dequantize(), target.weight.float()):
+            narrow = rtn(target.weight, fmt, axis=target.axis)
+            if torch.equal(narrow.dequantize(), target.weight.float()):
+                return narrow
+            notes.append(
+                Note(
+                    target.name,
+                    f"its numbers already lie on the grid of {wide}: the scale is kept as fp32, so that they come back exactly",
+                )
+            )
+            return kept
+    try:
+        return rtn(target.weight, fmt, axis=target.axis)
+    except FormatError as err:
+        if wide == fmt:
+            raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: {err}") from err
+        notes.append(Note(target.name, f"{err}; done, as {wide}", fallback=True))
+        return rtn(target.weight, wide, axis=target.axis)
+
+
+def _tell_outlier(target: Target, q: QTensor, notes: list[Note]) -> None:
+    """One huge number costs those that share its scale their codes; say where it is and how many."""
+    w = to_matrix(target.weight, target.axis).float()
+    size = w.abs().flatten()
+    usual = size[:: max(1, size.numel() >> 12)]
+    usual = usual[usual > 0]
+    if not usual.numel() or float(size.max()) <= OUTLIER * float(usual.median()):
+        return
+    row, col = divmod(int(size.argmax()), w.shape[1])
+    high, wide = q.format.share.block(q.matrix)
+    rows, cols = (slice(i // n * n, i // n * n + n) for i, n in ((row, high), (col, wide)))
+    real, kept = w[rows, cols], to_matrix(q.dequantize(), q.axis)[rows, cols]
+    lost = int(((real - kept).abs() >= real.abs()).logical_and(real != 0).sum())
+    if lost:
+        where = tuple(int(i) for i in torch.unravel_index(target.weight.abs().argmax(), target.weight.shape))
+        said = f"an outlier of {float(w[row, col]):.3g} at {where} costs {lost} of the {real.numel()} numbers that share its scale"
+        notes.append(Note(target.name, f"{said} their codes; repair it, exclude the layer or take smaller groups"))
+
+
+def _on_grid(target: Target, fmt: Format) -> bool:
+    """Whether a few rows of a tensor come back exactly, so that trying the whole is worth it."""
+    rows = to_matrix(target.weight, target.axis)[:4].float()
+    try:
+        return torch.equal(rtn(rows, fmt).dequantize(), rows)
+    except FormatError:
+        return False
