@@ -26,8 +26,8 @@ from roundel.verify import Verification
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 
 #: (weights, activations) of a row with weights, and of one without.
-WEIGHTED = (("int8", "int8"), ("int4", "int8"), ("int2", "int8"), ("cb16/channel", "int8"), ("int8", "int16"))
-PLAIN = ((None, "int8"), (None, "int16"))
+WEIGHTED = (("int8", "int8"), ("int4", "int8"), ("int2", "int8"), ("cb16/channel", "int8"), ("int8", "int16s"))
+PLAIN = ((None, "int8"), (None, "int16s"))
 
 #: What is run, in this order; boards by two of them, the rest runs in `make verify-boards`.
 COLUMNS = ("host-c", "qemu-cortex-m4", "qemu-riscv32", "tflm", "litert-ref", "litert-builtin", "litert", "onnxruntime",
@@ -118,11 +118,13 @@ class Footnotes:
 
 
 def reason(why: str) -> str:
-    """What an error says about the one node that there is: without its name, without where the runtime keeps its sources."""
+    """What an error says about the one node that there is: without the node, without where the runtime keeps its sources."""
     line = why.strip().splitlines()[-1].strip()
-    line = re.sub(r"^\S+ \((\w+)\): ", r"\1: ", line)
-    line = re.sub(r"tflite/kernels/(\w+)\.cc:\d+ ", r"\1: ", line)
-    return re.sub(r"Node number 0 \((\w+)\) failed to \w+\.", r" (\1)", line).rstrip(".").replace("|", "\\|")
+    line = re.sub(r"^\S+ \(\w+\): ", "", line)
+    line = line.removeprefix("the .tflite file that was made is not what was meant, and was not kept: ")
+    line = re.sub(r"(tensorflow/lite/micro|tflite)/kernels/\w+\.cc:\d+ ", "", line)
+    line = re.sub(r"\.? ?Node (number 0 \(\w+\)|\w+ \(number 0\)) failed to .*", "", line)
+    return line.rstrip(".").replace("|", "\\|")
 
 
 def formats(row: Row) -> Sequence[tuple[str | None, str]]:
@@ -163,8 +165,8 @@ def head(columns: Sequence[str]) -> list[str]:
         "",
         f"Each cell is a run of one operation with {EXAMPLES} random inputs, every code that the runtime shows compared with the",
         "simulation of its own rounding (docs/integer.md): *exact*, or *off by n* at most and how many codes differ.",
-        "*Refused*: the exporter or the runtime says no; *not lowered*: there is no integer form; the number is the reason's, below.",
-        "vela-ethos-u55 runs nothing: it says what it would place on the NPU.",
+        "*Refused*: the exporter or the runtime says no; *not lowered*: there is no integer form; the number is the reason's,",
+        "below. vela-ethos-u55 runs nothing: it says what it would place on the NPU. int16s is symmetric int16, as TFLite has it.",
     ]
     if missing := [name for name in COLUMNS if name not in columns]:
         lines.append(f"Not run here: {', '.join(missing)}.")

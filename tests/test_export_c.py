@@ -1,5 +1,7 @@
 """The C exporter on this machine: random graphs against `simulate`, roundings, arena, layout, names, the folder."""
 
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from integer_graphs import draw
 
 from roundel import CheckError, InputError, PlanError
@@ -56,14 +59,15 @@ VARIANTS = {
 
 
 @pytest.mark.proves("c.random")
+@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_random_graphs_equal_simulate(variant: str, tmp_path: Path) -> None:
-    """Twelve graphs in one program: every operation at ties, extreme zero points, shift limits, saturation, all four roundings."""
+def test_random_graphs_equal_simulate(variant: str, count: int, tmp_path: Path) -> None:
+    """Graphs in one program: every operation at ties, extreme zero points, shift limits, saturation, all four roundings."""
     command = VARIANTS[variant]
     if not shutil.which(command[0]):
         pytest.skip(f"{command[0]} is not installed")
-    first = 1000 + 12 * list(VARIANTS).index(variant)
-    graphs = [draw(seed, INTEGER[seed % 4]) for seed in range(first, first + 12)]
+    first = 1000 + count * list(VARIANTS).index(variant)
+    graphs = [draw(seed, INTEGER[seed % 4]) for seed in range(first, first + count)]
     sources = [emit(graph, f"g{i}") for i, graph in enumerate(graphs)]
     program = hostc.build(sources, tmp_path, [*command, *STRICT])
     total = 0
@@ -71,7 +75,7 @@ def test_random_graphs_equal_simulate(variant: str, tmp_path: Path) -> None:
         codes = feed(graph)
         raw = hostc.execute([str(program), str(i)], hostc.inputs_of(source, codes))
         total += compare(graph, hostc.values(source, graph, codes, raw), simulated(graph, codes))
-    assert total > 5000
+    assert total > 400 * count
 
 
 def test_random_graphs_hold_every_kernel() -> None:
@@ -79,7 +83,7 @@ def test_random_graphs_hold_every_kernel() -> None:
     from roundel.exporters.c.calls import KERNELS
 
     seen = {node.op for seed in range(1000, 1120) for node in draw(seed, "R2")}
-    assert seen >= {*KERNELS, "reshape", "transpose"}
+    assert seen >= {*KERNELS, "reshape", "transpose"} - {"embedding"}  # that is in test_export_c_wide.py
 
 
 # -- roundings --------------------------------------------------------------------------------------------------------
@@ -202,29 +206,14 @@ def test_letters() -> None:
 def test_refusals_name_every_node() -> None:
     graph = draw(1013, "R2")
     nodes = list(graph.nodes)
-    bad = [Node(op, ("x0.codes", "i"), (name,), {}) for op, name in (("embedding", "first"), ("embedding", "second"))]
-    values = {**graph.values, "first": Spec(("N", 3), "int64"), "second": Spec(("N", 3), "int64"), "i": Spec((1,), "int64")}
-    broken = Graph(
-        graph.inputs, graph.outputs, (nodes[0], *bad, *nodes[1:]), {**graph.constants, "i": _ones()}, values, opset="integer"
-    )
-    with pytest.raises(PlanError, match=r"2 nodes.*\n.*first \(embedding\).*\n.*second \(embedding\)"):
+    bad = [Node("embedding", ("x0.codes", "i", "i", "i", "i"), (name,), {}) for name in ("first", "second")]
+    values = {**graph.values, **dict.fromkeys(("first", "second"), graph.values["x0.codes"]), "i": Spec((2, 17), "int32")}
+    constants = {**graph.constants, "i": torch.ones(2, 17, dtype=torch.int32)}
+    broken = Graph(graph.inputs, graph.outputs, (nodes[0], *bad, *nodes[1:]), constants, values, opset="integer")
+    with pytest.raises(PlanError, match=r"2 nodes.*\n.*first \(embedding\): its weights are indices into 17.*\n.*second"):
         emit(broken)
-    wide = replace(graph, nodes=tuple(replace_attrs(n, wide=True) if n.op in ("conv", "linear") else n for n in graph))
-    if wide.nodes != graph.nodes:
-        with pytest.raises(PlanError, match="leave int32"):
-            emit(wide)
     with pytest.raises(PlanError, match=r"roundel\.lower"):
         emit(Graph(("x",), ("y",), (Node("relu", ("x",), ("y",)),)))
-
-
-def replace_attrs(node: Node, **attrs: Any) -> Node:
-    return Node(node.op, node.inputs, node.outputs, {**node.attrs, **attrs})
-
-
-def _ones() -> Any:
-    import torch
-
-    return torch.ones(1, dtype=torch.int64)
 
 
 def test_wrong_codes_are_refused() -> None:
@@ -257,8 +246,8 @@ def random_calls(rng: np.random.Generator) -> tuple[dict[str, int], list[Call], 
 
 @pytest.mark.proves("c.arena")
 def test_arena_never_overlaps_what_lives() -> None:
-    """400 random programs, run over real bytes: what each call reads is still what was written."""
-    for seed in range(400):
+    """120 random programs, run over real bytes: what each call reads is still what was written."""
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         sizes, calls, inputs, outputs = random_calls(rng)
         arena = plan(sizes, calls, inputs, outputs)
@@ -394,6 +383,58 @@ def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
         write(None, draw(1018, "R3"), tmp_path / "taken")
 
 
+@needs_cc
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth file does not fit: no new file is there, old ones are as they were, and a folder that was made is gone."""
+    old = write(None, draw(1018, "R3"), tmp_path / "fw")
+    before = {file: (old.folder / file).read_bytes() for file in old.files}
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) % 4 == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for folder in (tmp_path / "fw", tmp_path / "new" / "deep"):
+        with pytest.raises(InputError, match="cannot write firmware into .*No space left"):
+            write(None, draw(1034, "R1"), folder)
+    assert {file.name: file.read_bytes() for file in old.folder.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@needs_cc
+@pytest.mark.parametrize("name", ["deep/er", "new\nline", "x" * 200, "ünï code", "*"])
+def test_odd_folders_are_fine(name: str, tmp_path: Path) -> None:
+    assert write(None, draw(1018, "R3"), tmp_path / name, name="a/b").checked
+    assert {file.name for file in (tmp_path / name).iterdir()} >= {"a_b.c", "a_b.h"}
+
+
+@needs_cc
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0", "file/below"])
+def test_folders_that_cannot_be(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write firmware into"):
+        write(None, draw(1018, "R3"), tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@needs_cc
+def test_a_folder_in_a_files_place(tmp_path: Path) -> None:
+    (tmp_path / "fw" / "main.c").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"main\.c is a folder there"):
+        write(None, draw(1018, "R3"), tmp_path / "fw")
+    assert [file.name for file in (tmp_path / "fw").iterdir()] == ["main.c"]
+
+
+@needs_cc
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    (tmp_path / "fw").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        write(None, draw(1018, "R3"), tmp_path / "fw")
+
+
 def test_examples_are_drawn_within_the_doors() -> None:
     graph = draw(1018, "R3")
     door = graph.nodes[0]
@@ -410,7 +451,7 @@ def test_kernel_of_scalars() -> None:
 @pytest.mark.proves("c.freestanding")
 def test_no_library_and_no_float(tmp_path: Path) -> None:
     """On x86-64: no symbol from outside but what compilers call unasked, no float type or literal in the text."""
-    for seed in range(1000, 1012):
+    for seed in range(1000, 1004):
         source = emit(draw(seed, INTEGER[seed % 4]), "net")
         code = re.sub(r"/\*.*?\*/", "", source.code, flags=re.S)
         assert not re.search(r"\b(float|double|malloc|calloc|free|printf|long)\b|\d\.\d", code)

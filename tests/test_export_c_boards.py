@@ -18,7 +18,10 @@ from roundel.exporters.c.project import simulated
 from roundel.integer.dialect import INTEGER
 from roundel.runtimes import hostc, qemu
 
-SYSTEM = [name for name, board in qemu.BOARDS.items() if board.machine]
+#: The boards of the ordinary run; the others are in the soak (`make verify-boards`).
+NEAR = ("qemu-cortex-m4", "qemu-cortex-m55")
+BOARDS = [name if name in NEAR else pytest.param(name, marks=pytest.mark.soak) for name in qemu.BOARDS]
+SYSTEM = [board for name, board in zip(qemu.BOARDS, BOARDS) if qemu.BOARDS[name].machine]
 
 
 def playable(name: str) -> None:
@@ -29,9 +32,9 @@ def playable(name: str) -> None:
 @pytest.mark.proves("c.boards.random")
 @pytest.mark.parametrize("name", SYSTEM)
 def test_random_graphs_on_boards(name: str, tmp_path: Path) -> None:
-    """One program runs them all: 4 on the smallest board, 12 on the others."""
+    """One program runs them all: 4 on the smallest board and in the ordinary run, 12 elsewhere."""
     playable(name)
-    count = 4 if name == "qemu-cortex-m0" else 12
+    count = 4 if name in ("qemu-cortex-m0", *NEAR) else 12
     graphs = [draw(seed, INTEGER[seed % 4]) for seed in range(2000, 2000 + count)]
     sources = [emit(graph, f"g{i}") for i, graph in enumerate(graphs)]
     elf = qemu.link(sources, tmp_path, name)
@@ -48,7 +51,7 @@ def test_random_graphs_on_boards(name: str, tmp_path: Path) -> None:
 
 @needs_data
 @pytest.mark.proves("c.boards.ds-cnn")
-@pytest.mark.parametrize("name", qemu.BOARDS)
+@pytest.mark.parametrize("name", BOARDS)
 def test_ds_cnn_on_boards(name: str, tmp_path: Path) -> None:
     """Five clips, every value."""
     playable(name)
@@ -102,12 +105,36 @@ def test_instructions_on_m4(tmp_path: Path) -> None:
 
 
 @needs_data
+@pytest.mark.proves("c.helium")
+def test_helium_on_m55(tmp_path: Path) -> None:
+    """Instructions per product with Helium's vectors, beside the same source without them: a third in pointwise convolutions."""
+    playable("qemu-cortex-m55")
+    source = emit(graph := lower(ds_cnn()[0]))
+    sent, per = hostc.inputs_of(source, feed(graph, 1)), {}
+    for word, options in (("Helium", ()), ("without", ("-U__ARM_FEATURE_MVE",))):
+        (tmp_path / word).mkdir()
+        (counts,) = qemu.count(source, sent, tmp_path / word, "qemu-cortex-m55", ("-O2", *options))
+        found = dict(zip((step.output for step in source.layout.steps), counts))
+        products = {"conv_0": 125 * 64 * 40, "conv_1": 125 * 64 * 9, "conv_2": 125 * 64 * 64, "linear_11": 64 * 12}
+        per[word] = {name: found[name] / n for name, n in products.items()}
+        print(word, ", ".join(f"{name} {n:.2f}" for name, n in per[word].items()), f"per product, in all {sum(counts):,}")
+    one, other = per["Helium"], per["without"]
+    assert one["conv_2"] <= 0.66
+    assert one["conv_2"] <= other["conv_2"] / 2.9
+    assert one["conv_1"] <= other["conv_1"] / 2.5
+    assert one["linear_11"] <= other["linear_11"] / 3
+
+
+@needs_data
 @pytest.mark.proves("c.weights")
-def test_narrow_weights_on_m4(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "formats", [("int4",), pytest.param(("int8", "int4", "int2", "cb16/tensor", "cb16/channel"), marks=pytest.mark.soak)]
+)
+def test_narrow_weights_on_m4(formats: tuple[str, ...], tmp_path: Path) -> None:
     """DS-CNN in other weight formats: every value equal, and a pointwise convolution's instructions beside int8's."""
     playable("qemu-cortex-m4")
     found: dict[str, int] = {}
-    for form in ("int8", "int4", "int2", "cb16/tensor", "cb16/channel"):
+    for form in formats:
         q, _ = ds_cnn(form)
         graph = lower(q)
         want = simulated(graph, codes := {"input_1": feed(graph, 2)["input_1"]})
@@ -121,8 +148,9 @@ def test_narrow_weights_on_m4(tmp_path: Path) -> None:
         flash, arena = int(size[6]) + int(size[7]), source.arena.nbytes
         print(f"{form}: {flash:,} bytes of flash, arena {arena:,}, conv_2 {counts[2]:,} of {sum(counts):,}")
         found[form] = counts[2]
-    assert found["int4"] <= 1.15 * found["int8"]
-    assert found["cb16/tensor"] <= 1.4 * found["int8"]
+    assert found["int4"] <= 1.15 * COUNTS["conv_2"]
+    assert found.get("cb16/tensor", 0) <= 1.4 * COUNTS["conv_2"]
+    assert found.get("int8", 0) <= 1.02 * COUNTS["conv_2"]
 
 
 @needs_data

@@ -25,34 +25,39 @@ def check(q: rd.QModel, x: Any, folder: Path, dialect: str = "R2", runtime: Any 
 
 
 @pytest.mark.proves("c.ds-cnn")
-def test_ds_cnn_on_all_clips(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [110, pytest.param(2200, marks=pytest.mark.soak)])
+def test_ds_cnn_on_clips(count: int, tmp_path: Path) -> None:
+    """All clips in the soak."""
     q, x = ds_cnn()
     assert len(x) == 2200
-    total = sum(check(q, part, tmp_path) for part in x.split(550))
+    total = sum(check(q, part, tmp_path) for part in x[:: 2200 // count].split(550))
     print(f"DS-CNN: 0 of {total:,} codes differ")
-    assert total > 150_000_000
+    assert total > 70_000 * count
 
 
 @pytest.mark.proves("c.ds-cnn")
 @pytest.mark.parametrize("dialect", ["R1", "R2a", "R3"])
 def test_ds_cnn_in_every_dialect(dialect: str, tmp_path: Path) -> None:
     q, x = ds_cnn()
-    assert check(q, x[:50], tmp_path, dialect) > 3_000_000
+    assert check(q, x[:10], tmp_path, dialect) > 600_000
 
 
 @pytest.mark.proves("c.resnet20")
-def test_resnet20_on_100_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.soak)])
+def test_resnet20_on_images(count: int, tmp_path: Path) -> None:
     q, x = resnet20_q()
     assert len(x) == 100
-    assert check(q, x, tmp_path) > 30_000_000
+    assert check(q, x[:count], tmp_path) > 300_000 * count
 
 
 @pytest.mark.proves("c.kwt1")
-def test_kwt1_on_20_clips(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.soak)])
+def test_kwt1_on_clips(count: int, tmp_path: Path) -> None:
+    """One clip on a Cortex-M4 too, in the soak."""
     q, x = kwt1()
     assert len(x) == 20
-    assert check(q, x, tmp_path) > 20_000_000
-    if qemu.absent() is None:
+    assert check(q, x[:count], tmp_path) > 1_000_000 * count
+    if count > 1 and qemu.absent() is None:
         assert check(q, x[:1], tmp_path, runtime=qemu, name=qemu.NAME) > 1_000_000
 
 

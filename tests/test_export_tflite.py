@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from roundel.data import Batch, Preprocess, load_data
 from roundel.errors import CheckError, InputError, PlanError
 from roundel.exporters.tflite import Written, write
 from roundel.exporters.tflite.draft import Draft
-from roundel.graph import Graph, Node
+from roundel.graph import Graph, GraphModule, Node
 from roundel.integer import in_dialect
 from roundel.integer.check import accumulators
 from roundel.integer.dialect import quantize_multiplier
@@ -39,7 +40,7 @@ Run = Callable[..., dict[str, Ints]]
 
 def quantized(module: nn.Module, *data: Tensor, weights: str | None = "int8") -> tuple[QModel, Graph]:
     torch.set_num_threads(1)
-    q = rd.quantize(module, weights if list(module.parameters()) else None, "int8", data=[Batch(data, {}, None)])
+    q = rd.quantize(module, weights, "int8", data=[Batch(data, {}, None)])
     return q, rd.lower(q, "R1")
 
 
@@ -78,7 +79,7 @@ def assert_tflm_equal(q: QModel, graph: Graph, folder: Path, *inputs: Tensor) ->
 def ds_cnn() -> tuple[QModel, Graph, Tensor]:
     clips = str(DATA / "speech_commands_v2_test" / "shared_mfcc49x10_f16.npz")
     shape = Preprocess(shape=(49, 10, 1))
-    pick = [list(load_data(f"{clips}[{part}]", preprocess=shape, batch_size=64)) for part in ("0::10", "!0::10")]
+    pick = [list(load_data(f"{clips}[{part}]", preprocess=shape, batch_size=64)) for part in ("0::40", "1::110")]
     model = rd.read(DATA / "mlperf_kws" / "kws_ref_model_float32.tflite")
     q = rd.quantize(model, "int8", "int8", data=pick[0])
     return q, rd.lower(q, "R1"), torch.cat([b.args[0] for b in pick[1]])
@@ -88,7 +89,7 @@ def ds_cnn() -> tuple[QModel, Graph, Tensor]:
 def resnet() -> tuple[QModel, Graph, Tensor]:
     steps = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     pick = [
-        list(load_data(str(DATA / "cifar10_jpg" / name), preprocess=steps, batch_size=50, limit=100))
+        list(load_data(str(DATA / "cifar10_jpg" / name), preprocess=steps, batch_size=50, limit=50))
         for name in ("calib_train_50perclass.zip", "shared_test_300perclass.zip")
     ]
     q = rd.quantize(resnet20(), "int8", "int8", data=pick[0])
@@ -99,8 +100,8 @@ def resnet() -> tuple[QModel, Graph, Tensor]:
 @pytest.mark.proves("export.tflite.ds-cnn")
 def test_ds_cnn_equals_tflite_micro(tmp_path: Path) -> None:
     q, graph, clips = ds_cnn()
-    got = assert_tflm_equal(q, graph, tmp_path, clips[::11])
-    assert len(np.unique(got["softmax_12"].argmax(1))) == 12  # alive
+    got = assert_tflm_equal(q, graph, tmp_path, clips)
+    assert len(np.unique(got["softmax_12"].argmax(1))) > 4  # alive
     file = read_file(tmp_path / "model.tflite")
     assert file.tensors[0].shape == (1, 49, 10, 1)
     layers = ["CONV_2D", *["DEPTHWISE_CONV_2D", "CONV_2D"] * 4]
@@ -111,8 +112,8 @@ def test_ds_cnn_equals_tflite_micro(tmp_path: Path) -> None:
 @pytest.mark.proves("export.tflite.resnet-20")
 def test_resnet20_equals_tflite_micro(tmp_path: Path) -> None:
     q, graph, images = resnet()
-    got = assert_tflm_equal(q, graph, tmp_path, images[:20])
-    assert len(np.unique(got["linear"].argmax(1))) > 4
+    got = assert_tflm_equal(q, graph, tmp_path, images[:8])
+    assert len(np.unique(got["linear"].argmax(1))) > 2
 
 
 @needs_data
@@ -123,7 +124,7 @@ def test_networks_in_litert(kernels: str, network: Callable[[], tuple[QModel, Gr
     """The whole batch at once, whose size the file leaves free. XNNPACK shows its outputs alone, and adds on its own."""
     q, graph, inputs = network()
     graph = in_dialect(graph, litert.dialects(kernels))
-    want = simulated(graph, inputs[:20])
+    want = simulated(graph, inputs[:8])
     got = litert.run(q, graph, at_doors(graph, want), tmp_path, kernels)
     if kernels == "litert":
         (name,) = got
@@ -238,10 +239,49 @@ def slopes(channels: int) -> nn.PReLU:
 
 
 @cache
+def captured() -> dict[str, tuple[Graph, tuple[Tensor, ...]]]:
+    """The float graph and inputs of every case: all captured side by side, which costs as little as a few, and cut apart."""
+    cases = {}
+    for name, make in CASES.items():
+        torch.manual_seed(0)
+        cases[name] = make()
+    ends = np.cumsum([0, *(len(inputs) for _, inputs in cases.values())]).tolist()
+    spans = list(pairwise(ends))
+    beside = Of(lambda *all: tuple(m(*all[len(spans) :][a:b]) for m, (a, b) in zip(all, spans)), *(m for m, _ in cases.values()))
+    whole = rd.capture(beside.eval(), tuple(x[:8] for _, inputs in cases.values() for x in inputs))
+    assert len(whole.outputs) == len(cases)
+    return {
+        name: (alone_in(whole, f"parts.{i}", whole.outputs[i], whole.inputs[a:b]), cases[name][1])
+        for i, (name, (a, b)) in enumerate(zip(cases, spans))
+    }
+
+
+def alone_in(whole: Graph, stem: str, output: str, inputs: Sequence[str]) -> Graph:
+    """What makes ``output``, its values named as if the module called ``stem`` were all there is."""
+    makers, needed, nodes = whole.producers(), {output}, []
+    for node in reversed(whole.nodes):
+        if needed.intersection(node.outputs):
+            nodes.append(node)
+            needed.update(node.inputs, node.outputs)
+
+    def new(name: str) -> str:
+        if name in inputs:
+            return "input" if len(inputs) == 1 else f"input_{inputs.index(name)}"
+        return makers[name].op if name == stem else name.removeprefix(f"{stem}.")
+
+    named = (Node(n.op, tuple(map(new, n.inputs)), tuple(map(new, n.outputs)), n.attrs) for n in reversed(nodes))
+    maps = [{new(name): part[name] for name in part if name in needed} for part in (whole.constants, whole.values)]
+    return Graph(tuple(map(new, inputs)), (new(output),), tuple(named), *maps)
+
+
+@cache
 def case(name: str, weights: str = "int8") -> tuple[QModel, Graph, tuple[Tensor, ...]]:
-    torch.manual_seed(0)
-    module, inputs = CASES[name]()
-    return *quantized(module.eval(), *inputs, weights=weights), inputs
+    graph, inputs = captured()[name]
+    return *quantized(GraphModule(graph).eval(), *inputs, weights=weights if any_weights(graph) else None), inputs
+
+
+def any_weights(graph: Graph) -> bool:
+    return any(node.op in ("conv", "conv_transpose", "linear", "embedding") for node in graph)
 
 
 @pytest.mark.proves("export.tflite.ops")
@@ -388,16 +428,17 @@ def test_int16_activations(weights: str, tmp_path: Path) -> None:
 
 
 #: Cases that TFLite Micro computes in int16 too.
-IN_SIXTEEN = ["conv-grouped", "mul", "sum", "relu", "max-pool", "slice", "concat", "pad-other", "transpose"]
+IN_SIXTEEN = [
+    "conv-grouped", "transposed-cut", "matmul", "mul", "sum", "relu6", "max-pool", "slice", "concat", "pad-other", "nearest",
+]  # fmt: skip
 
 
 @pytest.mark.proves("export.tflite.int16x8")
 @pytest.mark.parametrize("name", IN_SIXTEEN)
 def test_int16_operation_equals_tflite_micro(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module, inputs = CASES[name]()
-    q, graph = sixteen(module, *inputs, weights="int8" if list(module.parameters()) else None)
-    assert_tflm_equal(q, graph, tmp_path, *(4 * x for x in inputs))
+    real, inputs = captured()[name]
+    q, graph = sixteen(GraphModule(real), *inputs, weights="int8" if any_weights(real) else None)
+    assert_tflm_equal(q, graph, tmp_path, *map(further, inputs))
 
 
 @pytest.mark.parametrize("op", [torch.add, torch.sub])
@@ -425,6 +466,61 @@ def test_what_tflite_computes_otherwise_in_int16_is_refused(tmp_path: Path) -> N
     q, graph = sixteen(nn.Sigmoid(), torch.randn(64, 12), weights=None)
     with pytest.raises(PlanError, match=r"sigmoid \(table\): TFLite's functions of int16 have tables of their own"):
         write(q, graph, tmp_path / "m.tflite")
+
+
+def test_tflite_micro_dying_is_an_error_like_any(tmp_path: Path) -> None:
+    """Its softmax ends the process where a sum of 3,000 terms overflows; this one goes on."""
+    torch.manual_seed(0)
+    q, graph = quantized(nn.Softmax(-1), x := torch.randn(4, 3000), weights=None)
+    with pytest.raises(CheckError, match="TFLite Micro ended by signal 6 while it ran the exported file"):
+        tflm.run(q, graph, at_doors(graph, simulated(graph, 4 * x)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.tflite"]
+
+
+@pytest.mark.parametrize("name", ["amax", "gather"])
+def test_what_tflite_micro_lacks_is_an_error_with_its_words(name: str, tmp_path: Path) -> None:
+    real, (x,) = captured()[name]
+    q, graph = sixteen(GraphModule(real), x, weights="int8" if any_weights(real) else None)
+    with pytest.raises(CheckError, match=r"TFLite Micro refuses the exported file: .*(REDUCE_MAX|GATHER)"):
+        tflm.run(q, graph, at_doors(graph, simulated(graph, x)), tmp_path)
+
+
+#: name -> (module, inputs, why not).
+REFUSED: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...], str]]] = {
+    "bilinear": lambda: (
+        nn.UpsamplingBilinear2d(scale_factor=2), (image(),), r"\(resize\): TFLite's RESIZE_BILINEAR rounds in its operand's units",
+    ),
+    "groups": lambda: (nn.ConvTranspose2d(6, 6, 3, groups=2), (image(),), "TFLite's transposed convolution has no groups"),
+    "norm": lambda: (nn.LayerNorm(12), (torch.randn(64, 12),), r"\(norm\): TFLite has no norm of these codes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_tflite_computes_otherwise_is_refused(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, inputs, why = REFUSED[name]()
+    q, graph = quantized(module.eval(), *inputs, weights="int8" if name == "groups" else None)
+    with pytest.raises(PlanError, match=why):
+        write(q, graph, tmp_path / "m.tflite")
+
+
+def test_operators_are_the_ones_meant(tmp_path: Path) -> None:
+    """No transposes but where the file's layout needs one; SAME where it cuts off what the graph does."""
+    want = {
+        "transposed": ["TRANSPOSE_CONV"], "transposed-same": ["TRANSPOSE_CONV"], "nearest": ["RESIZE_NEAREST_NEIGHBOR", "QUANTIZE"],
+        "transposed-cut": ["TRANSPOSE_CONV", "STRIDED_SLICE"], "matmul-turned": ["BATCH_MATMUL"], "embedding": ["GATHER"],
+        "shuffle": ["CONV_2D", "RESHAPE", "TRANSPOSE", "RESHAPE", "DEPTH_TO_SPACE"], "argmax": ["CONV_2D", "ARG_MAX"],
+        "shuffle-one": ["CONV_2D", "DEPTH_TO_SPACE"], "amax-channels": ["CONV_2D", "REDUCE_MAX"],
+        "gather-channels": ["CONV_2D", "GATHER"], "prelu-2d": ["FULLY_CONNECTED", "CAST", "ADD", "GATHER"],
+    }  # fmt: skip
+    for name, kinds in want.items():
+        q, graph, _ = case(name)
+        file = read_file(write(q, graph, tmp_path / "m.tflite").path)
+        middle = [op.op for op in file.operators]
+        while middle[0] == "TRANSPOSE" and name != "embedding":  # PyTorch's layout at the doors
+            middle = middle[1:]
+        assert middle[: len(kinds)] == kinds, name
+        assert set(middle[len(kinds) :]) <= {"TRANSPOSE"}, name
 
 
 def test_int8_sums_past_int32_are_refused(tmp_path: Path) -> None:

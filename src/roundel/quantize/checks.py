@@ -23,6 +23,7 @@ from .steps import EFFORTS
 
 
 def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
+    """Models and options that cannot be quantized with."""
     if isinstance(model, QModel):
         raise PlanError("this model is quantized already; start from the float model")
     if not isinstance(model, nn.Module):
@@ -62,6 +63,7 @@ def check_numbers(model: nn.Module) -> None:
 
 
 def check_finite(name: str, w: Tensor, mask: bool = False) -> None:
+    """`InputError` for numbers that are not finite, with the first; -inf passes in a ``mask``."""
     w = w if w.is_complex() else w.float()
     bad = ~torch.isfinite(w)
     if mask and not w.is_complex():

@@ -1,7 +1,10 @@
-"""TFLite Micro, as its Python package runs it: reference kernels on one example at a time."""
+"""TFLite Micro, as its Python package runs it, in a child process: reference kernels on one example at a time."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +20,8 @@ from ._tflite import from_file, inputs_of, to_file
 
 NAME = "tflm"
 
-#: Bytes of the arena; only the host's memory bounds it here.
-ARENA = 1 << 26
+#: Seconds that one run may take.
+PATIENCE = 600
 
 
 def absent(name: str = NAME) -> str | None:
@@ -38,25 +41,32 @@ def dialects(name: str = NAME) -> str:
 def run(q: QModel, graph: Graph, codes: Mapping[str, Ints], folder: Path, name: str = NAME) -> dict[str, Ints]:
     """Export ``graph`` into ``folder`` and run it: every value of the graph, name -> codes (N, ...) in PyTorch's layout.
 
-    Raises `PlanError` for what cannot be exported, `CheckError` where TFLite Micro refuses the file.
+    Raises `PlanError` for what cannot be exported, `CheckError` where TFLite Micro refuses the file or dies of it.
     """
     if why := absent():
         raise InputError(why)
-    from tflite_micro.python.tflite_micro import runtime
-
     written = write(q, graph, folder / "model.tflite")
     given = inputs_of(graph, codes)
+    arrays = {str(port): to_file(batch, written.inputs[name], dtype) for port, (name, (batch, dtype)) in enumerate(given.items())}
+    tensors = np.array(sorted({place.tensor for place in written.places.values()}))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        source, results = Path(scratch) / "arrays.npz", Path(scratch) / "results.npz"
+        np.savez(source, tensors=tensors, **arrays)  # type: ignore[arg-type]
+        _child(str(written.path), str(source), str(results))
+        with np.load(results) as seen:
+            made = {str(tensor): seen[str(tensor)] for tensor in tensors if str(tensor) in seen.files}
+    return {name: from_file(made[str(place.tensor)], place) for name, place in written.places.items() if made}
+
+
+def _child(*paths: str) -> None:
+    """Run `_tflm_child` on files: TFLite Micro ends its whole process where a kernel does not like what it gets."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("_tflm_child.py")), *paths]
     try:
-        interpreter = runtime.Interpreter.from_file(
-            str(written.path), arena_size=ARENA, intrepreter_config=runtime.InterpreterConfig.kPreserveAllTensors
-        )
-    except RuntimeError as err:
-        raise CheckError(f"TFLite Micro refuses the exported file: {err}") from err
-    made: dict[str, list[Ints]] = {name: [] for name in written.places}
-    for i in range(len(next(iter(given.values()))[0])):
-        for port, (name, (batch, dtype)) in enumerate(given.items()):
-            interpreter.set_input(to_file(batch[i : i + 1], written.inputs[name], dtype), port)
-        interpreter.invoke()
-        for name, place in written.places.items():
-            made[name].append(from_file(interpreter.GetTensor(place.tensor, 0)["tensor_data"], place))
-    return {name: np.concatenate(parts) for name, parts in made.items() if parts}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+    except subprocess.TimeoutExpired as err:
+        raise CheckError(f"TFLite Micro took more than {PATIENCE} seconds") from err
+    said = " ".join(line for line in done.stderr.splitlines() if line and not line.startswith(("Traceback", " ")))[-500:]
+    if done.returncode < 0:
+        raise CheckError(f"TFLite Micro ended by signal {-done.returncode} while it ran the exported file: {said}")
+    if done.returncode:
+        raise CheckError(f"TFLite Micro refuses the exported file: {said}")

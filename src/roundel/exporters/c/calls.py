@@ -424,7 +424,7 @@ def argmax(made: Making, node: Node, step: Step) -> Kernel:
 
 def gather(made: Making, node: Node, step: Step) -> Kernel:
     """Slices by a constant index."""
-    (x,), y = step.inputs, step.output
+    x, y = step.inputs[0], step.output
     place = made.place(x)
     if node.inputs[1] not in made.graph.constants:
         raise PlanError("its index is computed; C kernels take constants")
@@ -456,7 +456,8 @@ def softmax(made: Making, node: Node, step: Step) -> Kernel:
     axis = a["axis"] % len(place.sizes)
     table = numbers(made.graph, node.inputs[1]).astype(np.int32)
     fields = {"table": table, **along(place, axis), "bits": a["bits"], "to": to(node)}
-    steps = {key: a[key] for key in ("reach", "multiplier", "shift") if "reach" in a}
+    steps = {key: a[key] for key in ("multiplier", "shift") if "reach" in a}
+    steps |= {"reach": reach(a["reach"], a["multiplier"], a["shift"])} if steps else {}
     kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
     return Kernel("softmax_steps" if steps else "softmax", kinds, (x, y), fields | steps, x if same(made, x, y) else None)
 
@@ -528,6 +529,11 @@ def matmul(made: Making, node: Node, step: Step) -> Kernel:
     return Kernel("matmul", kinds, (one, two, y), fields)
 
 
+def reach(most: int, multiplier: int, shift: int) -> int:
+    """Differences up to ``most``, but none that would lie past the tables of exp, which end at 2^21 units: C has no bounds."""
+    return min(most, ((2**21 - 1) << (31 - shift)) // multiplier) if multiplier > 0 else most
+
+
 def attention(made: Making, node: Node, step: Step) -> Kernel:
     """Attention with its softmax, one query at a time."""
     a, (q, k, v), y = node.attrs, step.inputs, step.output
@@ -543,7 +549,8 @@ def attention(made: Making, node: Node, step: Step) -> Kernel:
     fields |= {"n": n, "queries": queries, "keys": keys, "depth": depth, "outputs": made.place(v).sizes[-1], "to": to(node)}
     for letter, head, step_ in zip("qkvy", lead, steps):
         fields |= {f"{letter}_head": head, f"{letter}_row": step_["row"], f"{letter}_column": step_["column"]}
-    fields |= {key: a[key] for key in ("q_zero", "k_zero", "v_zero", "reach", "multiplier", "shift", "bits")}
+    fields |= {key: a[key] for key in ("q_zero", "k_zero", "v_zero", "multiplier", "shift", "bits")}
+    fields["reach"] = reach(a["reach"], a["multiplier"][0], a["shift"][0])
     fields |= {"causal": int(a["causal"])}
     kinds = {letter: made.kind(name) for letter, name in zip("XZVY", (q, k, v, y))} | {"R": rule(node)}
     others = {made.place(name).root for name in (k, v)}

@@ -177,7 +177,7 @@ class _Texts:
         for block in blocks(text):
             if match := re.fullmatch(r'#include "(\w+)\.c"', block):
                 self.include(match[1], kinds)
-            else:
+            elif not re.fullmatch(r"#if .*\n#endif", block):  # what is left around an include
                 self.parts.setdefault(block)
 
 
@@ -221,20 +221,20 @@ def live(text: str) -> str:
         word, _, rest = line.partition(" ")
         if word == "#if":
             frames.append((False, True))
-        opened = bool(frames) and frames[-1][0]
+        opened, around = bool(frames) and frames[-1][0], all(kept for _, kept in frames[:-1])
         if word in ("#if", "#elif"):
             terms = [term for term in rest.split(" && ") if not (term[0] == "!" and DEAD.fullmatch(term[1:]))]
             never = any(map(DEAD.fullmatch, terms))
             if terms and not never:
-                lines.append(f"{'#elif' if opened else '#if'} {' && '.join(terms)}")
+                lines += [f"{'#elif' if opened else '#if'} {' && '.join(terms)}"] * around
                 opened = True
             frames[-1] = (opened, not never)
         elif word == "#else":
             frames[-1] = (opened, True)
-            lines += [line] * opened
+            lines += [line] * (opened and around)
         elif word == "#endif":
             frames.pop()
-            lines += [line] * opened
+            lines += [line] * (opened and around)
         elif all(kept for _, kept in frames):
             lines.append(line)
     return "\n".join(lines)

@@ -86,8 +86,8 @@ def _put(folder: Path, texts: Mapping[str, str]) -> None:
             raise InputError(f"cannot write firmware into {show(folder)}: {blocked[0]} is a folder there")
         with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as beside:
             for file, text in texts.items():
-                with open(Path(beside) / file, "w") as stream:
-                    stream.write(text)
+                with open(Path(beside) / file, "wb") as stream:
+                    stream.write(text.encode())
                     stream.flush()
                     os.fsync(stream.fileno())
             for file in texts:

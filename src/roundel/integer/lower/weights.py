@@ -20,6 +20,7 @@ from .making import Lowering
 
 
 def lower_weighted(made: Lowering, node: Node) -> None:
+    """A convolution or linear layer: packed weight, int32 bias at the scale of its sums, one multiplier per output."""
     x, y = made.affine(node.inputs[0]), made.affine(node.name)
     stored, w_scale = _weight(made, node.inputs[1], node)
     unit = x.scale * w_scale
@@ -111,6 +112,7 @@ def _table_of(q: QTensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def lower_embedding(made: Lowering, node: Node) -> None:
+    """Rows of a packed table by id, rescaled."""
     y = made.affine(node.name)
     stored, scale = _weight(made, node.inputs[1], node)
     factor = scale[:1] if (scale == scale[0]).all() else scale
@@ -120,6 +122,7 @@ def lower_embedding(made: Lowering, node: Node) -> None:
 
 
 def lower_matmul(made: Lowering, node: Node) -> None:
+    """A product of two activations."""
     (a, b), y = map(made.affine, node.inputs), made.affine(node.name)
     depth = size(made.source, node.inputs[0], [-1]) if node.inputs[0] in made.source.values else 1
     multiplier, shift = (int(part) for part in quantize_multiplier(a.scale * b.scale / y.scale))

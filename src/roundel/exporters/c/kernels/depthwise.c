@@ -1,5 +1,9 @@
-#include "results.c"
+#include "requantize.c"
+#include "dsp.c"
 #include "window.c"
+#if HELIUM_X_V_S
+#include "results.c"
+#endif
 
 /* Convolution in which every channel stands alone and makes one output; weights [kernel_h][kernel_w][channel], the zero point of x
  * in the bias; zeros stand for the places of a tap outside. At most 49 taps. */
@@ -55,7 +59,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
 #endif
             for (; c + 4 <= channels; c += 4) {
                 const V *weight = (const V *)a->weight + c;
-                S sum[4] = {0, 0, 0, 0};
+                S sum[4] = {bias[c], bias[c + 1], bias[c + 2], bias[c + 3]};
                 for (int32_t t = 0; t < taps; t++, weight += channels) {
                     const X *codes = tap[t] + c;
                     sum[0] += codes[0] * weight[0];
@@ -63,7 +67,9 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                     sum[2] += codes[2] * weight[2];
                     sum[3] += codes[3] * weight[3];
                 }
-                results_Y_R(sum, bias + c, 4, a->multiplier + c, a->shift + c, &a->to, y + c);
+                for (int32_t i = 0; i < 4; i++) {
+                    y[c + i] = (Y)requantize_R(sum[i], a->multiplier[c + i], a->shift[c + i], &a->to);
+                }
             }
             for (; c < channels; c++) {
                 S sum = bias[c];

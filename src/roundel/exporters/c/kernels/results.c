@@ -1,6 +1,7 @@
 #include "requantize.c"
 #include "dsp.c"
 
+#if HELIUM
 /* The codes of n sums, up to 4, that lie side by side, each with its own bias. */
 static inline void results_Y_R(const S *sum, const S *bias, int32_t n, const int32_t *multiplier, const int8_t *shift,
                                const struct codes *to, Y *y)
@@ -17,3 +18,4 @@ static inline void results_Y_R(const S *sum, const S *bias, int32_t n, const int
         y[i] = (Y)requantize_R(sum[i] + bias[i], multiplier[i], shift[i], to);
     }
 }
+#endif
