@@ -397,7 +397,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "fsync", full)
     for folder in (tmp_path / "fw", tmp_path / "new" / "deep"):
-        with pytest.raises(InputError, match="cannot write firmware into .*No space left"):
+        with pytest.raises(InputError, match=r"cannot write firmware into .*No space left"):
             write(None, draw(1034, "R1"), folder)
     assert {file.name: file.read_bytes() for file in old.folder.iterdir()} == before
     assert not (tmp_path / "new").exists()
@@ -428,9 +428,19 @@ def test_a_folder_in_a_files_place(tmp_path: Path) -> None:
 
 
 @needs_cc
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_folder(tmp_path: Path) -> None:
+def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write into one, so the refusal is played."""
+    from roundel.exporters.c import project
+
     (tmp_path / "fw").mkdir(mode=0o500)
+    open_ = project.tempfile.TemporaryDirectory
+
+    def beside(*args: Any, dir: Any = None, **named: Any) -> Any:
+        if dir is not None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_(*args, **named)
+
+    monkeypatch.setattr(project.tempfile, "TemporaryDirectory", beside)
     with pytest.raises(InputError, match="Permission denied"):
         write(None, draw(1018, "R3"), tmp_path / "fw")
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import needs_data
-from integer_graphs import draw
+from integer_graphs import Drawing, draw
 from real_models import ds_cnn, resnet20_q
 from test_export_c import compare, feed
 
 from roundel import InputError, lower
 from roundel.exporters.c.emit import emit
 from roundel.exporters.c.project import simulated
+from roundel.graph import Graph, Node, Spec
 from roundel.integer.dialect import INTEGER
 from roundel.runtimes import hostc, qemu
 
@@ -47,6 +48,32 @@ def test_random_graphs_on_boards(name: str, tmp_path: Path) -> None:
         raw = raw[size:]
     assert not raw
     assert total > 1000
+
+
+@pytest.mark.proves("c.boards.random")
+@pytest.mark.parametrize("name", [*NEAR, pytest.param("qemu-cortex-m33", marks=pytest.mark.soak)])
+def test_tails_of_vectors(name: str, tmp_path: Path) -> None:
+    """int8 by int8 in depths and numbers of outputs that fill vectors and tiles, and that do not; in two roundings."""
+    playable(name)
+    for rounding in ("R2", "R1"):
+        made = Drawing(np.random.default_rng(7), rounding)
+        x, image = made.input(3, 70), made.input(19, 6, 5)
+        ends = []
+        for depth, outputs in ((1, 1), (15, 4), (16, 5), (17, 8), (31, 3), (64, 6), (70, 9)):
+            part = made.emit("slice", [x], axis=-1, start=0, stop=depth, step=1)
+            ends.append(made.weighted("linear", part, made.codes(outputs, depth), "int8"))
+        place = {"stride": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1]}
+        for weight, groups in ((made.codes(19, 1, 3, 3), 19), (made.codes(6, 19, 2, 2), 1)):
+            ends.append(made.weighted("conv", image, weight, "int8", groups=groups, **place))
+        for v in ends:
+            made.nodes.append(Node("dequantize", (v,), (f"{v}.real",), {"scale": 0.5, "zero": 0}))
+            made.values[f"{v}.real"] = Spec(made.values[v].shape)
+        outputs = tuple(f"{v}.real" for v in ends)
+        graph = Graph(tuple(made.inputs), outputs, tuple(made.nodes), made.constants, made.values, opset="integer")
+        folder = tmp_path / rounding
+        folder.mkdir()
+        codes = feed(graph, 2)
+        compare(graph, qemu.run(None, graph, codes, folder, name), simulated(graph, codes))
 
 
 @needs_data
@@ -105,7 +132,7 @@ def test_instructions_on_m4(tmp_path: Path) -> None:
 
 
 @needs_data
-@pytest.mark.proves("c.helium")
+@pytest.mark.proves("c.instructions")
 def test_helium_on_m55(tmp_path: Path) -> None:
     """Instructions per product with Helium's vectors, beside the same source without them: a third in pointwise convolutions."""
     playable("qemu-cortex-m55")

@@ -78,7 +78,8 @@ def wide(seed: int) -> Graph:
     steps, unit = made.constant("steps", step_table()), float(made.rng.choice([1e-3, 1e-5]))
     multiplier, shift = (part.tolist() for part in quantize_wide([unit, 2.0**-15]))
     attrs = {"causal": bool(seed % 2), "reach": int((2**21 - 2**8) / unit), "bits": 15, "multiplier": multiplier, "shift": shift}
-    ends.append(made.emit("attention", [x, x, x, steps], "int16", q_zero=0, k_zero=-5, v_zero=9, y_zero=0, **attrs, **OUT))
+    zero = {"q_zero": -(2**15), "k_zero": -(2**15), "v_zero": made.zero(x)}
+    ends.append(made.emit("attention", [x, x, x, steps], "int16", y_zero=0, **attrs, **zero, **OUT))
     parts = [made.constant("n.w", made.rng.integers(-(2**15), 2**15, 6)), long(made, "n.b", made.rng.integers(-(2**33), 2**33, 6))]
     m, s = quantize_wide(2.0**-17)
     scale = {"multiplier": int(m), "shift": int(s), "x_zero": 11, "y_zero": 0}
@@ -114,7 +115,7 @@ def codes_of(graph: Graph, count: int) -> dict[str, Any]:
 
 
 @needs_cc
-@pytest.mark.proves("c.wide")
+@pytest.mark.proves("c.random")
 @pytest.mark.parametrize("options", ["-O2", "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"])
 def test_wide_sums_equal_simulate(options: str, tmp_path: Path) -> None:
     """Every operation with 64-bit sums, all weights, extreme zero points, biases past int32."""
@@ -131,8 +132,10 @@ def test_wide_sums_equal_simulate(options: str, tmp_path: Path) -> None:
     assert varied > 30
 
 
-@pytest.mark.proves("c.wide")
-@pytest.mark.parametrize("name", ["qemu-cortex-m4", *(pytest.param(n, marks=pytest.mark.soak) for n in qemu.BOARDS if "m4" not in n)])
+@pytest.mark.proves("c.random")
+@pytest.mark.parametrize(
+    "name", ["qemu-cortex-m4", *(pytest.param(n, marks=pytest.mark.soak) for n in qemu.BOARDS if "m4" not in n)]
+)
 def test_wide_sums_on_boards(name: str, tmp_path: Path) -> None:
     playable(name)
     graph = wide(5)
@@ -150,7 +153,7 @@ class Every(nn.Module):
         return (*(fn(x) for fn in tables), x.softmax(-1))
 
 
-@pytest.mark.proves("c.wide")
+@pytest.mark.proves("c.random")
 def test_codes_of_16_bits_are_exact_here_and_on_a_board() -> None:
     """Tables with lines and softmax of 16 bits: exact in both, never one thing here and another there."""
     torch.manual_seed(0)
@@ -173,7 +176,7 @@ class Words(nn.Module):
 
 
 @needs_cc
-@pytest.mark.proves("c.embedding")
+@pytest.mark.proves("c.random")
 @pytest.mark.parametrize(("weights", "activations"), [("int8", "int16"), ("int4", "int8"), ("cb16/channel", "int8")])
 def test_embeddings(weights: str, activations: str) -> None:
     torch.manual_seed(0)

@@ -47,6 +47,6 @@ def test_an_operator_off_the_npu_is_named(tmp_path: Path) -> None:
 
 @needs_vela
 def test_an_accelerator_that_is_not(tmp_path: Path) -> None:
-    q, graph = quantized(nn.ReLU(), torch.randn(4, 8))
+    q, graph = quantized(nn.ReLU(), torch.randn(4, 8), weights=None)
     with pytest.raises(PlanError, match="there is no accelerator 'u99' here; there are vela-ethos-u55,"):
         vela.place(q, graph, tmp_path, "u99")

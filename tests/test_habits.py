@@ -97,7 +97,8 @@ def test_imports_are_declared(path: Path) -> None:
     extras = project["optional-dependencies"]
     optional = [d for extra, wanted in extras.items() if extra != "dev" for d in wanted]
     names = {re.split(r"[\[<>=~ ]", d)[0] for d in [*project["dependencies"], *optional]}
-    modules = {{"scikit-learn": "sklearn", "pillow": "PIL", "protobuf": "google"}.get(name, name.replace("-", "_")) for name in names} | {"roundel"}
+    known = {"scikit-learn": "sklearn", "pillow": "PIL", "protobuf": "google"}
+    modules = {known.get(name, name.replace("-", "_")) for name in names} | {"roundel"}
     for line, name in imports(path):
         top = name.split(".")[0]
         assert top not in FORBIDDEN, f"{place(path, line)} imports {top}"

@@ -60,7 +60,16 @@ def exported(name: str, path: Path, weights: str = "int8") -> tuple[Graph, Writt
 
 
 #: Exported files whose tables are not read back.
-UNREAD = {"sigmoid": "LOGISTIC", "gate": "LOGISTIC", "tanh": "TANH", "gelu": "GATHER", "hardswish": "GATHER"}
+UNREAD = {
+    **dict.fromkeys(["sigmoid", "gate"], "LOGISTIC"), "tanh": "TANH",
+    **dict.fromkeys(["gelu", "hardswish", "prelu", "prelu-2d", "leaky"], "CAST"),
+    **dict.fromkeys(["embedding", "token-net", "gather", "gather-channels"], "GATHER"),
+    **dict.fromkeys([f"transposed{kind}" for kind in ("", "-same", "-cut", "-odd", "-dilated", "-1d")], "TRANSPOSE_CONV"),
+    **dict.fromkeys(["nearest", "nearest-odd"], "RESIZE_NEAREST_NEIGHBOR"),
+    **dict.fromkeys(["shuffle", "shuffle-one"], "DEPTH_TO_SPACE"),
+    **dict.fromkeys(["matmul", "matmul-turned", "scores"], "BATCH_MATMUL"),
+    **dict.fromkeys(["argmax", "argmax-keep"], "ARG_MAX"), **dict.fromkeys(["amax", "amax-channels"], "REDUCE_MAX"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNREAD)

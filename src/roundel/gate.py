@@ -1,15 +1,18 @@
-"""The gate: is a quantized model nearer to the float one than another was, on examples that neither was made with?"""
+"""The gate: is a quantized model nearer to the float one than another was, on examples that the step between did not learn from?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .calibrate import run
 from .data import Batch
+from .errors import InputError
 from .evaluate.scores import Scores, predictions
 
 #: Fewer examples than this cannot judge anything.
@@ -65,24 +68,39 @@ class Verdict:
 def losses(real: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor]:
     """(KL or None, squared error) of every example, float64; both modules run in the mode they are in.
 
-    Raises `InputError` where outputs cannot be compared: none, a single number, or some that are not finite.
+    KL is of the first output, the squared error of all that are real. Raises `InputError` where outputs cannot be compared: none, a
+    single number, whole numbers, or some that are not finite.
     """
     scores: Scores | None = None
     errors = []
     with torch.no_grad():
         for number, batch in enumerate(batches):
             bare = Batch(batch.args, batch.named)
-            wanted, got = (module(*batch.args, **batch.named) for module in (real, quantized))
+            wanted, got = (run(module, bare) for module in (real, quantized))
             scores = scores or Scores.like(bare, wanted, None)
             scores.take(number, bare, wanted, got)
+            if not predictions(wanted).is_floating_point():
+                raise InputError("its first output are whole numbers, between which no distance says how near models are")
             lost = predictions(got).double() - predictions(wanted).double()
             if scores.kind != "values":
                 lost = lost - lost.mean(-1, keepdim=True)
-            errors.append(lost.square().reshape(len(lost), -1).mean(1))
+            error = lost.square().reshape(len(lost), -1).mean(1)
+            for more, other in list(zip(_reals(wanted), _reals(got), strict=True))[1:]:
+                if len(more) == len(error):
+                    error = error + (other.double() - more.double()).square().reshape(len(error), -1).mean(1)
+            errors.append(error)
     if scores is None:
         return None, torch.zeros(0, dtype=torch.float64)
     kl = None if scores.kind == "values" else torch.cat(scores.kl_rows) / torch.cat(scores.sizes).clamp(min=1)
     return kl, torch.cat(errors)
+
+
+def _reals(output: Any) -> list[Tensor]:
+    """The real tensors in what a model returned, the one that `predictions` takes first."""
+    first = predictions(output)
+    inside = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    reals = [x.detach() for x in inside if isinstance(x, Tensor) and x.is_floating_point()]
+    return [first, *(x for x in reals if x.data_ptr() != first.data_ptr())]
 
 
 def judge(before: tuple[Tensor | None, Tensor], after: tuple[Tensor | None, Tensor]) -> Verdict:

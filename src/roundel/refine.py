@@ -54,7 +54,8 @@ def refine(q: QModel, real: GraphModule, batches: Sequence[Batch], solve: Solve 
                 module.put(weight, PackedWeight(tensors[weight]))
             if bias and offset in rest and offset not in done:  # a computed bias is no constant to move
                 done.add(offset)
-                module.rest_of(offset).add_(_shift(node, real, module, pairs))
+                rest[offset] = rest[offset] + _shift(node, real, module, pairs).to(rest[offset].dtype)
+                module.move(offset, rest[offset])
     structure = replace(q.structure, constants=Constants({**tensors, **rest}))
     return replace(q, structure=structure, tensors=tensors, rest=rest)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from .graph.module import bind_inputs
 from .integer import in_dialect, lower, simulate
 from .integer.dialect import Ints
 from .integer.ops import INTEGER
+from .integer.simulate import as_array
 from .qmodel import QModel
 from .runtimes import runtime
 
@@ -60,8 +60,8 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Whether it ran and nothing differed."""
-        return self.why is None and self.differing == 0
+        """Whether it ran, showed something, and nothing differed."""
+        return self.why is None and self.differing == 0 and self.total > 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, keys equal to the attributes."""
@@ -101,6 +101,12 @@ def verify(
     >>> found.exact, found.differing, found.total, found.examples  # doctest: +SKIP
     (True, 0, 1280, 64)
     """
+    if not isinstance(q, QModel):
+        raise PlanError(f"what is verified is a quantized model (roundel.quantize, roundel.load); got {type(q).__name__}")
+    if not isinstance(against, Iterable):
+        raise PlanError(f"against= names runtimes, such as ['host-c']; got {type(against).__name__}")
+    if limit is not None and not isinstance(limit, int):
+        raise InputError(f"limit is a whole number of examples; got {limit!r}")
     names = [against] if isinstance(against, str) else list(against)
     if not names:
         raise PlanError("there is nothing to compare with: name one runtime or more, such as host-c")
@@ -111,6 +117,8 @@ def verify(
     if isinstance(q.structure, Graph):  # what is not, `lower` refuses in words of its own
         for batch in items:
             bind_inputs(q.structure, batch.args, dict(batch.named))
+    if isinstance(q.structure, Graph) and items[0].target is not None:  # a label that does not fit is told before any work
+        _check_labels(q, items, metric)
     graphs = {dialect: lower(q, dialect) for dialect in dict.fromkeys(dialect for _, dialect in modules.values())}
     return {name: _one(q, graphs[dialect], module, name, items, metric, limit) for name, (module, dialect) in modules.items()}
 
@@ -129,8 +137,6 @@ def _one(q: QModel, graph: Graph, module: Any, name: str, items: list[Batch], me
             _check_shapes(expected, got)
         except RoundelError as err:
             return Verification(name, why=str(err))
-        except subprocess.TimeoutExpired as err:
-            return Verification(name, why=f"it was given up after {err.timeout:g} s: give a smaller limit")
     return _compared(graph, name, expected, got, used, metric)
 
 
@@ -144,8 +150,8 @@ def _examples(data: Any, limit: int | None) -> list[Batch]:
     """The first ``limit`` examples of a user's data; batches after those are not made."""
     if limit is not None and limit < 1:
         raise InputError(f"limit is how many examples are used, 1 or more; got {limit}")
-    items = _limited(batches(data), limit)
-    if not any(map(len, items)):
+    items = _limited(filter(len, batches(data)), limit)
+    if not items:
         raise InputError("there is nothing to verify with: the data holds no examples")
     return items
 
@@ -175,7 +181,7 @@ def _at_the_doors(graph: Graph, items: list[Batch]) -> dict[str, Ints]:
     doors = {node.inputs[0]: node for node in graph if node.op == "quantize"}
     out = {}
     for name in graph.inputs:
-        parts = [inputs[name].numpy() for inputs in bound]
+        parts = [as_array(inputs[name]) for inputs in bound]
         if name in doors:
             parts = [INTEGER["quantize"](part, **doors[name].attrs) for part in parts]
         out[name] = np.concatenate(parts).astype(np.int64)
@@ -185,6 +191,14 @@ def _at_the_doors(graph: Graph, items: list[Batch]) -> dict[str, Ints]:
 def _joined(parts: list[Ints], shape: tuple[int | str, ...]) -> Ints:
     """The codes of all batches; a value that has no batch axis is the same in each."""
     return np.concatenate(parts, shape.index(BATCH)) if BATCH in shape else parts[0]
+
+
+def _check_labels(q: QModel, items: list[Batch], metric: str | Metric | None) -> None:
+    """`InputError` or `PlanError` where the metric cannot be taken of these labels."""
+    first = items[0]
+    with torch.no_grad():
+        out = q.module(*first.args, **first.named)
+    Scores.like(first, out, metric).take(0, first, out, out)
 
 
 def _check_shapes(expected: Mapping[str, Ints], got: Mapping[str, Ints]) -> None:
@@ -211,17 +225,19 @@ def _compared(graph: Graph, name: str, expected: Mapping[str, Ints], got: Mappin
             if first is None:
                 first = node.name
                 histogram = {int(k): int(n) for k, n in sorted(Counter(off[off != 0].tolist()).items())}
-    notes = (f"{len(hidden)} values inside are not shown by the runtime",) if hidden else ()
     sources = {node.name: node.inputs[0] for node in graph if node.op == "dequantize"}
-    figures = _metric(graph, [sources[out] for out in graph.outputs], expected, got, items, metric)
-    return Verification(name, differing, total, first, histogram, values, sum(map(len, items)), notes=notes, **figures)
+    outputs = {sources.get(out, out) for out in graph.outputs}
+    notes = [f"{len(hidden)} values inside are not shown by the runtime"] if set(hidden) - outputs else []
+    notes += [f"the output {name!r} is not shown by the runtime: it was not compared" for name in hidden if name in outputs]
+    figures = _metric(graph, expected, got, items, metric) if graph.outputs[0] in sources else {}
+    return Verification(name, differing, total, first, histogram, values, sum(map(len, items)), notes=tuple(notes), **figures)
 
 
-def _metric(graph: Graph, outputs: list[str], expected: Mapping[str, Ints], got: Mapping[str, Ints], items: list[Batch],
+def _metric(graph: Graph, expected: Mapping[str, Ints], got: Mapping[str, Ints], items: list[Batch],
             metric: str | Metric | None) -> dict[str, Any]:  # fmt: skip
     """The task metric of the first output: the simulation's and the runtime's."""
-    name = outputs[0]
-    door = next(node for node in graph if node.op == "dequantize" and node.inputs[0] == name)
+    door = next(node for node in graph if node.name == graph.outputs[0])
+    name = door.inputs[0]
     if name not in got:
         return {}
     pair = [torch.from_numpy((codes[name] - door.attrs["zero"]).astype(np.float32) * np.float32(door.attrs["scale"]))

@@ -6,6 +6,7 @@ What a target is, and which rounding it gets, is the table here; how each file i
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ TARGETS: dict[str, Target] = {
     "onnx-u8s8": Target("onnx", None, {"style": "qoperator", "signed": False}, "the same, uint8 by int7, for x86 without VNNI"),
 }
 
+#: Options of writers that a target's name decides.
+FIXED = ("style", "signed")
+
 #: What a path's ending says where no target is named; a path without one is a folder.
 ENDINGS = {".tflite": "tflite", ".onnx": "onnx", "": "c"}
 
@@ -84,10 +88,12 @@ def export(q: QModel, path: AnyPath, target: str | None = None, **options: Any) 
     name, to = _target(path, target)
     room = import_module(f".{to.room}", __name__)
     writer: Callable[..., Any] = room.write
+    if not isinstance(q, QModel):
+        raise PlanError(f"what is exported is a quantized model (roundel.quantize, roundel.load); got {type(q).__name__}")
+    known = [key for key in _options(writer) if key not in (*to.options, *FIXED)]
+    if unknown := [key for key in options if key not in known]:
+        raise PlanError(f"the target {name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     graph = lower(q, to.dialect) if to.dialect else None
-    unknown = [key for key in options if key not in _options(writer)]
-    if unknown:
-        raise PlanError(f"the target {name} has no option {unknown[0]!r}; it has {', '.join(_options(writer))}")
     made = writer(q, graph, path, **{**to.options, **options})
     return Exported(name, _files(made, Path(os.fsdecode(path))), tuple(made.notes), made)
 
@@ -103,8 +109,8 @@ def _target(path: AnyPath, target: str | None) -> tuple[str, Target]:
 
 
 def _options(writer: Callable[..., Any]) -> list[str]:
-    code = writer.__code__
-    return list(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
+    found = inspect.signature(writer).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def _files(made: Any, path: Path) -> tuple[Path, ...]:

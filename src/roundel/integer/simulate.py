@@ -38,7 +38,7 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
     if graph.opset != "integer":
         raise InputError("this graph holds real operations; roundel.lower makes an integer graph of a quantized model")
     tensors = bind_inputs(graph, tuple(map(torch.as_tensor, args)), {k: torch.as_tensor(v) for k, v in named.items()})
-    env: dict[str, Any] = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    env: dict[str, Any] = {name: as_array(tensor) for name, tensor in tensors.items()}
     table = ops.INTEGER | FAST if fast else ops.INTEGER
     last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     kept = {*graph.outputs, *(node.inputs[0] for node in graph if node.op == "dequantize")}
@@ -57,6 +57,12 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
     source = {node.name: node.inputs[0] for node in graph if codes and node.op == "dequantize"}
     outs = tuple(env[source.get(name, name)] for name in graph.outputs)
     return outs[0] if len(outs) == 1 else outs
+
+
+def as_array(x: Tensor) -> Any:
+    """An input as NumPy holds it; bfloat16, which NumPy lacks, as float32."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 # -- the same sums, faster ----------------------------------------------------------------------------------------------
@@ -91,7 +97,7 @@ def _conv_sums(x: Ints, w: Ints, stride: Sequence[int], padding: Sequence[int], 
 
 
 def _tensor(x: Ints, dtype: type[np.floating[Any]]) -> Tensor:
-    """A copy, since torch has no negative strides, which a flipped axis of size 1 keeps even where an array counts as contiguous."""
+    """A copy: a flipped axis of size 1 keeps its negative stride, which torch has not, in what counts as contiguous."""
     return torch.from_numpy(x.astype(dtype, order="C"))
 
 

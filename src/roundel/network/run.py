@@ -52,9 +52,9 @@ class QGraphModule(Interpreter):
         """Take another weight under ``name``."""
         self.weights[_key(name)] = weight
 
-    def rest_of(self, name: str) -> Tensor:
-        """A constant that is not packed, as it lies in memory."""
-        return self.rest[_key(name)].data
+    def move(self, name: str, value: Tensor) -> None:
+        """Give a constant that is not packed another value, in runs that have begun too."""
+        self.rest[_key(name)].data.copy_(value)
 
     def constants(self) -> dict[str, Any]:
         found = {name: self.rest[_key(name)] for name in self.structure.constants if _key(name) in self.rest}

@@ -99,6 +99,8 @@ def quantize(
         provenance["preprocess"] = applied.to_dict()
     q = network.finish(tensors, chosen, plan, provenance, ())
     with one_thread(), evaluating(model):
+        if items is None and EFFORTS[effort] and solver is None:
+            notes.append(Note("model", f"{str(EFFORTS[effort]).upper()} not tried: there is no data to learn from"))
         if items is not None and tensors:
             q = refined(network, q, items, solver, effort, progress, notes)
     undone = [n for n in notes if n.fallback]

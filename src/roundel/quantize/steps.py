@@ -29,7 +29,7 @@ def refined(network: GraphNetwork | ModuleNetwork, q: QModel, items: list[Batch]
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
     judges = sum(map(len, held))
     if solver in NEED_HESSIAN:
-        rounded, q = q, network.refined(q, learn if judges else items, SOLVERS[solver], False, progress)
+        rounded, q = q, network.refined(q, learn if judges >= LEAST else items, SOLVERS[solver], False, progress)
         if left := [name for name, tensor in q.tensors.items() if tensor is rounded.tensors[name]]:
             why = "it solves convolutions and linear layers that the data reaches"
             notes.append(Note("model", f"{len(left)} weights are rounded to nearest, not by {solver}: {some(left)}; {why}"))
@@ -37,10 +37,11 @@ def refined(network: GraphNetwork | ModuleNetwork, q: QModel, items: list[Batch]
     ladder = [(name.upper(), SOLVERS[name], False) for name in [EFFORTS[effort]] if name and solver is None]
     if isinstance(network, GraphNetwork):
         ladder.append(("bias correction", None, True))
+    if not ladder:
+        return q
     if judges < LEAST:
-        if ladder:
-            told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
-            notes.append(Note("model", f"{' and '.join(name for name, *_ in ladder)} not tried: {told}"))
+        told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
+        notes.append(Note("model", f"{' and '.join(name for name, *_ in ladder)} not tried: {told}"))
         return q
     try:
         loss = losses(network.module, q.module, held)

@@ -25,6 +25,9 @@ Ints = NDArray[np.int64]
 
 NAME = "host-c"
 
+#: Seconds after which a compiler or a run is given up.
+PATIENCE = 600
+
 FLAGS = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-pedantic")
 
 
@@ -81,7 +84,10 @@ def build(sources: Sequence[Source], folder: Path, command: Sequence[str]) -> Pa
 
 def compile_(command: Sequence[str], folder: Path) -> str:
     """Run a compiler in ``folder``; `CheckError` with what it says where it fails."""
-    done = subprocess.run(list(command), cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    try:
+        done = subprocess.run(list(command), cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as err:
+        raise CheckError(f"{command[0]} was given up after {PATIENCE} s") from err
     if done.returncode:
         raise CheckError(f"{command[0]} failed on the exported C:\n{(done.stderr or done.stdout)[:2000]}")
     return done.stderr
@@ -89,7 +95,10 @@ def compile_(command: Sequence[str], folder: Path) -> str:
 
 def execute(command: Sequence[str], stdin: bytes) -> bytes:
     """What a program writes; `CheckError` where it fails."""
-    done = subprocess.run(list(command), input=stdin, capture_output=True, timeout=600, check=False)
+    try:
+        done = subprocess.run(list(command), input=stdin, capture_output=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as err:
+        raise CheckError(f"the exported C was given up after {PATIENCE} s: give fewer examples") from err
     if done.returncode:
         said = done.stderr.decode(errors="replace")[:2000]
         raise CheckError(f"the exported C ended with status {done.returncode}:\n{said}")
@@ -97,7 +106,7 @@ def execute(command: Sequence[str], stdin: bytes) -> bytes:
 
 
 _RUNNER = """\
-/* Runs the network of the number given on stdin, example after example, and writes what every call makes. */
+/* Runs the network whose number is the first word, example after example, and writes what every call makes. */
 @includes@
 #include <stdio.h>
 #include <stdlib.h>

@@ -492,7 +492,8 @@ def norm(made: Making, node: Node, step: Step) -> Kernel:
     (x,), y, a = step.inputs, step.output, node.attrs
     weight, bias = (numbers(made.graph, name).reshape(-1) for name in node.inputs[1:3])
     count = made.place(x).sizes[-1]
-    fields = {"weight": weight.astype(np.int32), "bias": bias.astype(sums(node)), "eps": a["eps"], "rows": made.place(x).count // count, "count": count}
+    fields = {"weight": weight.astype(np.int32), "bias": bias.astype(sums(node)), "eps": a["eps"]}
+    fields |= {"rows": made.place(x).count // count, "count": count}
     fields |= {key: int(a[key]) for key in ("centred", "bits", "x_zero", "multiplier", "shift")} | {"to": to(node)}
     kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node)}
     return Kernel("norm", kinds, (x, y), fields, x if same(made, x, y) else None)
@@ -555,7 +556,8 @@ def attention(made: Making, node: Node, step: Step) -> Kernel:
     kinds = {letter: made.kind(name) for letter, name in zip("XZVY", (q, k, v, y))} | {"R": rule(node)}
     others = {made.place(name).root for name in (k, v)}
     over = q if same(made, q, y) and made.place(q).root not in others else None
-    return Kernel("attention", kinds, (q, k, v, y), fields, over, *[sums(node)().itemsize * keys] * 2)
+    scratch = sums(node)().itemsize * keys
+    return Kernel("attention", kinds, (q, k, v, y), fields, over, scratch, scratch)
 
 
 # -- moving codes -----------------------------------------------------------------------------------------------------
@@ -640,7 +642,8 @@ def pad(made: Making, node: Node, step: Step) -> Kernel:
 
 
 KERNELS: dict[str, Callable[[Making, Node, Step], Kernel]] = {
-    "conv": conv, "linear": linear, "embedding": embedding, "add": pairwise, "sub": pairwise, "mul": pairwise, "sum": sum_, "sum_pool": pool,
+    "conv": conv, "linear": linear, "embedding": embedding, "add": pairwise, "sub": pairwise, "mul": pairwise, "sum": sum_,
+    "sum_pool": pool,
     "avg_pool": pool, "max_pool": pool, "rescale": rescale, "table": table, "prelu": prelu, "softmax": softmax, "norm": norm,
     "matmul": matmul, "attention": attention, "conv_transpose": conv_transpose, "amax": amax, "argmax": argmax,
     "gather": gather, "resize": resize, "expand": expand, "depth_to_space": depth_to_space, "slice": slice_, "concat": concat,

@@ -109,10 +109,7 @@ def examples(graph: Graph) -> dict[str, Ints]:
     rows = [graph.values[node.inputs[1]].shape[0] for node in graph if node.op == "embedding"]
     ids = (0, min((size for size in rows if isinstance(size, int)), default=1) - 1)
     shapes = {name: [size for size in graph.values[name].shape[1:] if isinstance(size, int)] for name in graph.inputs}
-    return {
-        name: rng.integers(*doors.get(name, ids), (EXAMPLES, *shapes[name]), endpoint=True)  # type: ignore[call-overload]
-        for name in graph.inputs
-    }
+    return {name: rng.integers(*doors.get(name, ids), (EXAMPLES, *shapes[name]), endpoint=True) for name in graph.inputs}
 
 
 def simulated(graph: Graph, codes: Mapping[str, Ints]) -> dict[str, Ints]:

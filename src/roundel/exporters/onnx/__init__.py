@@ -60,7 +60,7 @@ def write(
     ``graph`` is the integer graph of ``q``, if there is one: its weights and biases must then be those written. ``style`` is
     ``"qdq"`` (float operators between QuantizeLinear and DequantizeLinear) or ``"qoperator"`` (QLinearConv and onnxruntime's own
     QLinear operators, float ones where there are none). ``signed`` activations are int8; unsigned ones (uint8, codes moved by 128)
-    need weights of 7 bits, because x86 without VNNI saturates sums of two full products. Tensors lie in ``path``.data when
+    need weights of 7 bits, because x86 without VNNI saturates sums of two full products. Tensors lie in ``path``.HASH.data when
     ``external``, None meaning above 1 GiB. Weights that ONNX lacks are refused, or written dequantized with
     ``float_for_unsupported``, and noted.
 

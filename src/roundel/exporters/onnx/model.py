@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -152,7 +153,7 @@ class Model:
         check_writable(path)
         target = Path(os.path.realpath(os.fsdecode(path)))
         total = sum(blob.nbytes for blob in self.blobs.values())
-        beside = f"{target.name}.data" if (total > EXTERNAL_ABOVE if external is None else external) else None
+        beside = self._beside(target.name) if (total > EXTERNAL_ABOVE if external is None else external) else None
         if self.renamed:
             metadata = {**metadata, "roundel.names": json.dumps(self.renamed)}
         folder = Path(tempfile.mkdtemp(prefix=".roundel-", dir=target.parent))
@@ -164,13 +165,23 @@ class Model:
             self.verify_file(folder / target.name, model)
             check(folder / target.name)
             files = [target.parent / beside, target] if beside is not None else [target]
-            for file in files:  # the tensors first: a model never refers to what is not there
+            for file in files:  # the tensors first, and under a name of their own: no model ever refers to those of another
                 os.replace(folder / file.name, file)
+            for old in target.parent.iterdir():
+                if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", old.name) and old.name != beside:
+                    old.unlink()
         except OSError as err:
             raise InputError(f"cannot write {show(path)}: {err.strerror or err}") from err
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return files
+
+    def _beside(self, name: str) -> str:
+        """The name of the external file, which says what is in it."""
+        digest = hashlib.sha256()
+        for part in self.data():
+            digest.update(part)
+        return f"{name}.{digest.hexdigest()[:8]}.data"
 
     def verify_file(self, path: Path, written: Any) -> None:
         """`CheckError` unless ``path`` is sound ONNX, its shapes can be inferred, and it reads back as what was written."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ...errors import PlanError, RoundelError
@@ -127,6 +128,8 @@ class Network:
 
     def _output(self, node: Node) -> None:
         name = node.name
+        if name not in self.graph.values:
+            raise PlanError("it is a constant: an output of a network is computed from its inputs")
         spec = self.graph.values[name]
         real = self.real(name)
         if real != self.names[name] or name in self.graph.inputs:  # an alias of another value
@@ -226,6 +229,8 @@ class Network:
         return self.reals[name]
 
     def _constant(self, name: str) -> None:
+        if self.q.rest[name].dtype == torch.bfloat16:
+            raise PlanError(f"constant {name!r} is bfloat16; networks are exported in float32")
         values: NDArray[Any] = self.q.rest[name].detach().numpy()
         if values.dtype.kind == "f" and values.dtype != np.float32:
             raise PlanError(f"constant {name!r} is {values.dtype}; networks are exported in float32")

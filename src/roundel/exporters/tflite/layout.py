@@ -16,7 +16,7 @@ Order = tuple[int, ...]
 PLACES = frozenset(["conv", "conv_transpose", "sum_pool", "avg_pool", "max_pool", "resize", "depth_to_space"])
 
 #: Operations whose axes need not be in any order: their operands and result keep to one.
-_ANY = frozenset(["add", "sub", "mul", "rescale", "table", "pad", "slice", "concat"])
+_ANY = frozenset(["add", "sub", "mul", "rescale", "table", "pad", "slice", "concat", "gather"])
 
 
 def channels_last(rank: int) -> Order:

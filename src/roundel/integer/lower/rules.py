@@ -23,6 +23,9 @@ from .weights import lower_embedding, lower_matmul, lower_weighted
 
 def _input(made: Lowering, node: Node) -> None:
     spec = made.source.values.get(node.name)
+    if spec is not None and spec.shape and isinstance(spec.shape[0], int):
+        told = "write the network without the batch size, for a device runs one example"
+        raise PlanError(f"its batch is fixed at {spec.shape[0]}: {told}")
     if spec is not None and "float" not in spec.dtype:  # whole numbers, such as ids, come as they are
         made.values[node.name] = Spec(spec.shape, "int32")
         return
@@ -213,7 +216,7 @@ def _norm(made: Lowering, node: Node) -> None:
     weight, bias = (made.number(node.inputs[i]) if len(node.inputs) > i and node.inputs[i] else np.full(n, 2.0 - i) for i in (1, 2))
     peak, wide = float(np.abs(weight).max()) or y.scale, y.bits > 8
     spare = 30 - math.ceil(math.log2(n) / 2)
-    half = (y.high - y.low) / 2 * y.scale / peak  # the largest normalised number that a result holds
+    half = (y.high - y.low) / 2 * y.scale / peak or 1.0  # the largest normalised number that a result holds
     bits = min(spare - 1, 20) if wide else min(max(round((spare - math.log2(half)) / 2), 8), spare - 8)
     for w_bits in range(15 if wide else min(15, spare - bits), 6, -1):
         unit = peak / ((1 << w_bits) - 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import InputError
 from ..dialect import Ints
 from .base import Range, op, requantize, within
 from .moves import padded, windows
@@ -128,6 +129,8 @@ def linear(
 @op
 def embedding(ids: Ints, w: Ints, multiplier: Ints, shift: Ints, table: Ints | None = None, *, acc: Range, **out: Any) -> Ints:
     """Rows ``ids`` of w (vocabulary, dim), rescaled; ``multiplier`` and ``shift`` (1,) or (vocabulary,)."""
+    if ids.size and ids.min() < 0:
+        raise InputError(f"the id {ids.min()} is negative")
     rows = levels(w, table)[ids]
     factor = [(part[ids] if len(part) > 1 else part[0] + 0 * ids)[..., None] for part in (multiplier, shift)]
     return requantize(within(rows, acc), *factor, **out)

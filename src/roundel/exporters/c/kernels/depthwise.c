@@ -33,16 +33,15 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
 {
     const struct window *v = &a->window;
     const int32_t channels = v->channels, taps = v->kernel_h * v->kernel_w;
-    const S *bias = a->bias;
     X *ring = scratch;
     const X *tap[49];
     for (int32_t row = 0; row < v->out_height; row++) {
         keep_X(v, x, ring, row);
         for (int32_t place = 0; place < v->out_width; place++, y += channels) {
-            int32_t c = 0;
+            int32_t done = 0;
             taps_X(v, x, ring, a->zeros, row, place, tap);
 #if HELIUM_X_V_S
-            for (; c + 8 <= channels; c += 8) {
+            for (int32_t c = 0; c + 8 <= channels; c += 8, done += 8) {
                 const V *weight = (const V *)a->weight + c;
                 int32x4x2_t both = {{vdupq_n_s32(0), vdupq_n_s32(0)}}; /* sums of even and of odd channels */
                 int32_t sum[8];
@@ -53,13 +52,14 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                 }
                 vst2q_s32(sum, both);
                 for (int32_t i = 0; i < 8; i += 4) {
-                    results_Y_R(sum + i, bias + c + i, 4, a->multiplier + c + i, a->shift + c + i, &a->to, y + c + i);
+                    results_Y_R(sum + i, (const S *)a->bias + c + i, 4, a->multiplier + c + i, a->shift + c + i, &a->to, y + c + i);
                 }
             }
 #endif
-            for (; c + 4 <= channels; c += 4) {
+            for (int32_t c = done; c + 4 <= channels; c += 4) {
                 const V *weight = (const V *)a->weight + c;
-                S sum[4] = {bias[c], bias[c + 1], bias[c + 2], bias[c + 3]};
+                const S *bias = (const S *)a->bias + c;
+                S sum[4] = {bias[0], bias[1], bias[2], bias[3]};
                 for (int32_t t = 0; t < taps; t++, weight += channels) {
                     const X *codes = tap[t] + c;
                     sum[0] += codes[0] * weight[0];
@@ -71,8 +71,8 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                     y[c + i] = (Y)requantize_R(sum[i], a->multiplier[c + i], a->shift[c + i], &a->to);
                 }
             }
-            for (; c < channels; c++) {
-                S sum = bias[c];
+            for (int32_t c = channels & ~3; c < channels; c++) {
+                S sum = ((const S *)a->bias)[c];
                 for (int32_t t = 0; t < taps; t++) {
                     sum += tap[t][c] * ((const V *)a->weight)[t * channels + c];
                 }

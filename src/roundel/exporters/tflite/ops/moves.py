@@ -13,6 +13,7 @@ from ..units import agree
 
 
 def reshape(t: Translation, node: Node) -> None:
+    """RESHAPE of elements that lie in the same order in the file, after a transpose where they do not."""
     name = node.inputs[0]
     source, target = t.shape(name), t.shape(node.name)
     have, want = t.orders[name], t.orders[node.name]
@@ -22,6 +23,7 @@ def reshape(t: Translation, node: Node) -> None:
 
 
 def transpose(t: Translation, node: Node) -> None:
+    """TRANSPOSE, or nothing where the file has the axes in that order already."""
     name = node.inputs[0]
     have, want = t.orders[name], t.orders[node.name]
     perm = relative(have, tuple(node.attrs["perm"][axis] for axis in want))
@@ -62,6 +64,7 @@ def slice_(t: Translation, node: Node) -> None:
 
 
 def concat(t: Translation, node: Node) -> None:
+    """CONCATENATION; operands and result share their units."""
     order = t.orders[node.name]
     for name in node.inputs:
         if t.units(name) != t.units(node.name):
@@ -72,6 +75,7 @@ def concat(t: Translation, node: Node) -> None:
 
 
 def pad(t: Translation, node: Node) -> None:
+    """PAD by the zero point, PADV2 by another code."""
     name, order = node.inputs[0], t.orders[node.name]
     flat = node.attrs["padding"]
     pairs: list[Pad] = [(0, 0)] * (len(order) - len(flat) // 2) + list(zip(flat[::2], flat[1::2]))[::-1]

@@ -28,6 +28,7 @@ def operands(t: Translation, node: Node) -> list[int]:
 
 
 def add(t: Translation, node: Node) -> None:
+    """ADD or SUB."""
     a, b, y = (t.units(name) for name in (*node.inputs, node.name))
     unit, left = 2 * max(a.scale, b.scale), node.attrs["left"]
     real = [a.scale / unit, b.scale / unit, unit / (2.0**left * y.scale)]
@@ -41,6 +42,7 @@ def add(t: Translation, node: Node) -> None:
 
 
 def mul(t: Translation, node: Node) -> None:
+    """MUL."""
     a, b, y = (t.units(name) for name in (*node.inputs, node.name))
     if not agree(node, factor(node), np.float64(a.scale) * np.float64(b.scale) / np.float64(y.scale)):
         raise PlanError("no scales give its multiplier")

@@ -94,9 +94,12 @@ def _reduce(t: Translation, node: Node, axes: Sequence[int], keep: bool) -> None
     elif same(node, have, ((multiplier << more) // count, shift - more), sums):
         kind = "MEAN"
     else:
-        raise PlanError(f"no float32 scale gives its multiplier {have[0]} and shift {have[1]} or the same codes")
-    if not axes or y.act(node) != "NONE":
-        raise PlanError(f"no float32 scale gives its multiplier {have[0]} and shift {have[1]}, and {kind} is not for it")
+        kind = ""
+    if not kind or not axes or y.act(node) != "NONE":
+        if source.type != "INT8":
+            raise PlanError("TFLite sums int16 over whole axes alone, by the multiplier of SUM or of MEAN; this is neither")
+        other = f", and {kind} is not for it" if kind else " or the same codes"
+        raise PlanError(f"no float32 scale gives its multiplier {have[0]} and shift {have[1]}{other}")
     rank = t.rank(name)
     order = t.orders[name] if keep else plain(rank)
     where = t.ints("axes", sorted(order.index(axis) for axis in axes))

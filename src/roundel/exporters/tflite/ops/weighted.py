@@ -109,6 +109,7 @@ def conv(t: Translation, node: Node) -> None:
 
 
 def linear(t: Translation, node: Node) -> None:
+    """FULLY_CONNECTED."""
     w, x = _weights(t, node), t.value(node.inputs[0], plain(t.rank(node.inputs[0])))
     weight, bias = _enter(t, node, w, w.codes, 0)
     rank = t.rank(node.name)
@@ -137,7 +138,7 @@ def conv_transpose(t: Translation, node: Node) -> None:
     kept = [n - 2 * c + m for n, c, m in zip(full, cut, more)]
     same = [same_padding(n, k, s)[0] for n, k, s in zip(kept, codes.shape[2:], stride)]
     whole = same != cut or [-(-n // s) for n, s in zip(kept, stride)] != list(shape[1:3])
-    sizes = [c + n for c, n in zip(cut, kept)] if whole else kept
+    sizes = [max(c + n, m) for c, n, m in zip(cut, kept, full)] if whole else kept  # VALID wants no less than all of it
     weight, bias = _enter(t, node, w, codes.transpose(0, 2, 3, 1), 0)
 
     if t.batched(name):
@@ -149,7 +150,7 @@ def conv_transpose(t: Translation, node: Node) -> None:
         size = t.ints("size", [1, *sizes, len(codes)])
         t.draft.step("TRANSPOSE_CONV", 3, [size, weight, x, bias], raw, "TransposeConvOptions", padding=int(whole),
                      strideH=stride[0], strideW=stride[1], fusedActivationFunction=act(t, node))  # fmt: skip
-        return t.cut(raw, made, [0, *cut, 0], [0, *sizes, 0], [1] * 4) if sliced else made
+        return t.cut(raw, made, [0, *cut, 0], [0, *(c + n for c, n in zip(cut, kept)), 0], [1] * 4) if sliced else made
 
     place(t, node, step)
 

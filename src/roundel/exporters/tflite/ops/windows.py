@@ -59,6 +59,7 @@ def place(t: Translation, node: Node, step: Callable[[int], int]) -> None:
 
 
 def pool(t: Translation, node: Node) -> None:
+    """MAX_POOL_2D or AVERAGE_POOL_2D."""
     line = t.rank(node.name) == 3
     kernel, stride = ([1] * line + list(node.attrs[key]) for key in ("kernel", "stride"))
     mean = node.op == "avg_pool"
