@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from integer_graphs import draw
+from torch import Tensor, nn
 
+import roundel as rd
 from roundel import CheckError, InputError, PlanError
 from roundel.exporters.c.arena import Call, plan
 from roundel.exporters.c.calls import Kernel, planes
@@ -471,3 +473,22 @@ def test_no_library_and_no_float(tmp_path: Path) -> None:
         hostc.compile_([str(hostc.compiler()), "-std=c99", "-O2", "-mno-sse", "-ffreestanding", "-c", "net.c"], tmp_path)
         listed = subprocess.run(["nm", "-u", "net.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
         assert set(listed) - {"U"} <= {"memcpy", "memset"}
+
+
+class Positions(nn.Module):
+    """Adds a table of fewer axes than the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.table(torch.arange(6)))
+
+
+def test_a_constant_of_fewer_axes(tmp_path: Path) -> None:
+    x = torch.randn(64, 6, 8, generator=torch.Generator().manual_seed(0))
+    found = rd.verify(rd.quantize(Positions().eval(), "int8", "int8", data=[x]), ["host-c"], [x[:8]])["host-c"]
+    if found.absent:
+        pytest.skip(found.why or "")
+    assert found.exact, str(found)

@@ -156,7 +156,7 @@ def test_the_sweep_sees_what_was_changed_before() -> None:
             if len(seen) == 1:  # twice the weight, twice the bias
                 old = q.tensors[node.inputs[1]]
                 module.put(node.inputs[1], PackedWeight(rtn(2 * old.dequantize(), old.format)))
-                module.rest_of(node.inputs[2]).mul_(2)
+                module.move(node.inputs[2], 2 * q.rest[node.inputs[2]])
             if len(seen) == 2:
                 break
     assert seen == ["0", "2"]

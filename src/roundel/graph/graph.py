@@ -16,9 +16,10 @@ BATCH = "N"
 
 #: The integer op set: what `integer.lower` writes, as `integer.ops` defines it. The real one is `OPS`.
 INTEGER_OPS = frozenset(
-    ["quantize", "dequantize", "conv", "conv_transpose", "linear", "embedding", "matmul", "attention", "norm", "softmax", "add",
-     "sub", "mul", "rescale", "prelu", "table", "sum", "sum_pool", "avg_pool", "max_pool", "amax", "argmax", "resize", "depth_to_space",
-     "reshape", "transpose", "slice", "concat", "pad", "expand", "expand_batch", "gather"]
+    ["quantize", "dequantize", "conv", "conv_transpose", "linear", "embedding", "matmul", "attention", "norm",
+     "softmax", "add", "sub", "mul", "rescale", "prelu", "table", "sum", "sum_pool", "avg_pool", "max_pool", "amax",
+     "argmax", "resize", "depth_to_space", "reshape", "transpose", "slice", "concat", "pad", "expand",
+     "expand_batch", "gather"]
 )  # fmt: skip
 
 

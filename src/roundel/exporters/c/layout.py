@@ -206,7 +206,7 @@ class _Laying:
 
     def common(self, inputs: Sequence[str], rank: int) -> tuple[int, ...]:
         """The order of the largest operand of that rank; its own where there is none."""
-        flows = [self.operand(name) for name in inputs if len(self.graph.values[name].shape) == rank]
+        flows = [place for place in map(self.operand, inputs) if len(place.sizes) == rank]
         return max(flows, key=lambda place: place.count).order if flows else tuple(range(rank))
 
     def left_by(self, node: Node, name: str, rank: int) -> tuple[int, ...]:

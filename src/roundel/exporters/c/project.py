@@ -59,7 +59,7 @@ def write(
     folder's) prefixes all C names. Raises `PlanError` for what has no C, `InputError` where the folder cannot be written,
     `CheckError` where the self-test fails here; nothing is left then.
     """
-    folder = Path(path)
+    folder = Path(os.fsdecode(path))
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"cannot write firmware into {show(path)}: it is not a folder")
     source = emit(graph, name or folder.name)

@@ -152,6 +152,8 @@ class Model:
         """
         check_writable(path)
         target = Path(os.path.realpath(os.fsdecode(path)))
+        if any(0xDC80 <= ord(character) <= 0xDCFF for character in str(target)):  # a byte that is no UTF-8
+            raise InputError(f"cannot write {show(path)}: the package onnx takes only paths in UTF-8")
         total = sum(blob.nbytes for blob in self.blobs.values())
         beside = self._beside(target.name) if (total > EXTERNAL_ABOVE if external is None else external) else None
         if self.renamed:

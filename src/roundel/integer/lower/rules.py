@@ -41,7 +41,8 @@ def _input(made: Lowering, node: Node) -> None:
 def _add(made: Lowering, node: Node) -> None:
     """Sums and differences. Both operands gain 20 bits before they meet, as in TFLite, or what int32 has left."""
     (a, b), y = map(made.affine, node.inputs), made.affine(node.name)
-    left = 20 if max(a.bits, b.bits) <= 8 else 14
+    wide = max(a.bits, b.bits) > 8
+    left = 20 if not wide else 15 if a.bits == b.bits and not (a.zero or b.zero) else 14
     unit = 2 * max(a.scale, b.scale)
     multiplier, shift = quantize_multiplier([a.scale / unit, b.scale / unit, unit / (2.0**left * y.scale)])
     made.emit(node.op, list(node.inputs), node.name, y.dtype, a_zero=a.zero, b_zero=b.zero, left=left,
@@ -173,7 +174,7 @@ def _steps(made: Lowering, node: Node) -> str:
 
 def _reach(units: float) -> int:
     """The largest difference, of which one is ``units`` steps of 2^-16, that `exp_steps` takes."""
-    return min(math.floor(((1 << 3 * STEP_BITS) - 2) / units), INT32[1])
+    return min(math.floor(((1 << 3 * STEP_BITS) - (1 << 8)) / units), INT32[1])  # a 15-bit multiplier may round up by 2^-14
 
 
 #: Bits of an attention's probabilities, which then fit int16.
