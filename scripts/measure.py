@@ -264,8 +264,9 @@ def float_(names: Sequence[str], write: bool) -> None:
 @_write
 @click.option("--weights", default="int8", show_default=True)
 @click.option("--ranges", default="mse", show_default=True)
+@click.option("--effort", default="fast", show_default=True)
 @click.option("--draws", default=5, show_default=True, help="Calibration draws: random halves of the calibration split.")
-def static(names: Sequence[str], write: bool, weights: str, ranges: str, draws: int) -> None:
+def static(names: Sequence[str], write: bool, weights: str, ranges: str, effort: str, draws: int) -> None:
     """Weights and every edge in int8, over several calibration draws."""
     head = ("model", "KL mean (worst)", "flips mean (worst)", "first draw", "bytes", "float bytes", "sites quantized / float")
     with _table(write, *head) as row:
@@ -275,7 +276,7 @@ def static(names: Sequence[str], write: bool, weights: str, ranges: str, draws: 
             model, pool, score = case.model(), case.calibrate(), case.score()
             network, runs = _network(model, case, pool[0]), []
             for draw in range(1, draws + 1):
-                q = rd.quantize(network, weights, "int8", data=_draw(pool, draw), ranges=ranges)
+                q = rd.quantize(network, weights, "int8", data=_draw(pool, draw), ranges=ranges, effort=effort)
                 runs.append(rd.evaluate(q, against=model, data=score, metric=case.metric, latency=False, layers=False))
             kl, flips = [r.kl or 0.0 for r in runs], [r.flips or 0.0 for r in runs]
             row(name, f"{sum(kl) / draws:.4f} ({max(kl):.4f})", f"{sum(flips) / draws:.2%} ({max(flips):.2%})", _metric(runs[0]),
