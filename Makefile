@@ -45,6 +45,6 @@ clean:
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/.demo
-	@echo "Adding what the tests need. To download: 195 MB more (all-MiniLM-L6-v2 84 MB, onnxruntime 28 MB, LiteRT 22 MB)."
+	@echo "Adding what the tests need. To download: 206 MB more (all-MiniLM-L6-v2 84 MB, onnxruntime 28 MB, LiteRT 22 MB)."
 	@$(PIP) -e '.[dev]'
 	@touch $@
