@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -350,3 +351,36 @@ class Loss(nn.Module):
 def test_outputs_that_cannot_be_compared_leave_the_step_untried(model: type[nn.Module], why: str) -> None:
     q = rd.quantize(model().eval(), "int4", data=[torch.randn(48, 8)], strict=True)
     assert [bool(re.search(f"bias correction not tried: .*{why}", note.text)) for note in q.notes] == [True]
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.two(x)
+
+
+@pytest.mark.proves("gate.loss")
+def test_every_output_counts() -> None:
+    net = TwoHeads().eval()
+    spoilt = copy.deepcopy(net)
+    spoilt.two.bias.data += 2.0
+    batches = [Batch((torch.randn(5, 8),))]
+    kl, error = losses(net, spoilt, batches)
+    assert kl is not None
+    assert kl.abs().max() < 1e-12  # the first output is as it was
+    torch.testing.assert_close(error, torch.full((5,), 4.0, dtype=torch.float64))
+
+
+@pytest.mark.proves("gate.few")
+def test_an_effort_that_needs_data_says_that_it_had_none() -> None:
+    q = rd.quantize(nn.Sequential(nn.Linear(8, 4)), "int4", effort="default")
+    assert any(note.text == "GPTQ not tried: there is no data to learn from" for note in q.notes)
+
+
+@pytest.mark.proves("gate.few")
+def test_examples_without_a_batch_axis_end_in_a_note() -> None:
+    q = rd.quantize(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), "int4", data=[torch.randn(3, 6, 6) for _ in range(40)])
+    assert q.tensors

@@ -362,3 +362,96 @@ def test_the_last_of_several_runs_counts(net: rd.QModel, log: str) -> None:
     bad = log.replace(crc, "00000000")
     assert rd.verify_log(net, bad + log).exact
     assert not rd.verify_log(net, log + bad).exact
+
+
+# -- models and data at the edge --------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A linear layer and what ``finish`` makes of it."""
+
+    def __init__(self, finish: Any) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer, self.finish = nn.Linear(8, 6), finish
+
+    def forward(self, x: Tensor) -> Any:
+        return self.finish(self.layer(x))
+
+
+def headed(finish: Any) -> rd.QModel:
+    return rd.quantize(Head(finish).eval(), "int8", "int8", data=[draw(32, 8)])
+
+
+@pytest.mark.proves("verify.data")
+def test_an_output_of_whole_numbers(play) -> None:  # type: ignore[no-untyped-def]
+    play()
+    found = rd.verify(headed(lambda y: y.argmax(-1)), ["played"], [draw(8, 8)])["played"]
+    assert (found.exact, found.metric) == (True, None)
+
+
+@pytest.mark.proves("verify.data")
+def test_an_output_that_is_not_shown_is_not_exact_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = types.SimpleNamespace(absent=lambda name: None, dialects=lambda name: {}, run=lambda *a: {})
+    monkeypatch.setitem(sys.modules, "roundel.runtimes.blind", blind)  # type: ignore[arg-type]
+    monkeypatch.setitem(runtimes.RUNTIMES, "blind", ("blind", "R2"))
+    found = rd.verify(headed(torch.relu), ["blind"], [draw(8, 8)])["blind"]
+    assert not found.exact
+    assert any("the output" in note and "was not compared" in note for note in found.notes)
+
+
+@pytest.mark.proves("verify.data")
+def test_batches_that_are_empty_half_precise_or_want_gradients(play) -> None:  # type: ignore[no-untyped-def]
+    play()
+    q, x = headed(torch.relu), draw(8, 8)
+    for data in ([x, x[:0], x], [x.clone().requires_grad_()] * 2):
+        found = rd.verify(q, ["played"], data)["played"]
+        assert (found.exact, found.examples) == (True, 16)
+    assert np.array_equal(rd.simulate(rd.lower(q), x.bfloat16()), rd.simulate(rd.lower(q), x.bfloat16().float()))
+
+
+@pytest.mark.parametrize("gamma", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_whose_result_is_constant_is_lowered(gamma: Any, play) -> None:  # type: ignore[no-untyped-def]
+    play()
+    norm = gamma(8)
+    nn.init.zeros_(norm.weight)
+    q = rd.quantize(nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 4)).eval(), "int8", "int8", data=[draw(32, 8)])
+    assert rd.verify(q, ["played"], [draw(8, 8)])["played"].exact
+
+
+def test_a_batch_that_is_fixed_is_refused_in_words() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).reshape(16, 8)
+
+    q = rd.quantize(Fixed().eval(), "int8", "int8", data=[draw(16, 8), draw(16, 8)])
+    with pytest.raises(rd.PlanError, match="its batch is fixed at 16"):
+        rd.lower(q)
+
+
+def test_an_id_below_zero_is_refused() -> None:
+    ids = torch.arange(40).reshape(10, 4) % 10
+    q = rd.quantize(nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4)).eval(), "int8", "int8", data=[ids])
+    with pytest.raises(rd.InputError, match="the id -1 is negative"):
+        rd.simulate(rd.lower(q), torch.tensor([[1, -1, 2, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda q: rd.verify(nn.Linear(2, 2), ["host-c"], [draw(2, 2)]), "got Linear"),  # type: ignore[arg-type]
+        (lambda q: rd.export(nn.Linear(2, 2), "x.onnx"), "got Linear"),  # type: ignore[arg-type]
+        (lambda q: rd.verify(q, None, [draw(2, 8)]), "got NoneType"),  # type: ignore[arg-type]
+        (lambda q: rd.verify(q, ["host-c"], [draw(2, 8)], limit="5"), "got '5'"),  # type: ignore[arg-type]
+        (lambda q: rd.export(q, "x.onnx", style="qoperator"), "no option 'style'"),
+    ],
+)
+def test_wrong_kinds_are_told_in_words(call: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(rd.RoundelError, match=words):
+        call(headed(torch.relu))
+    assert not list(tmp_path.iterdir())

@@ -18,10 +18,9 @@ from ..errors import CheckError, InputError
 from ..exporters.c.emit import Port, Source, emit
 from ..exporters.c.memory import from_memory, to_memory
 from ..graph import BATCH, Graph
+from ..integer.dialect import Ints
 from ..integer.ops import numbers
 from ..qmodel import QModel
-
-Ints = NDArray[np.int64]
 
 NAME = "host-c"
 

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..exporters.onnx import Written, infer, write
 from ..graph import Graph
+from ..integer.dialect import Ints
 from ..qmodel import QModel
-
-Ints = NDArray[np.int64]
 
 NAME = "onnxruntime"
 

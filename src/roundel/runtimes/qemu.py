@@ -159,7 +159,10 @@ def _memory(board: Board) -> dict[str, int]:
 
 
 def _compile(command: Sequence[str], folder: Path, name: str | None = None) -> None:
-    done = subprocess.run(list(command), cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    try:
+        done = subprocess.run(list(command), cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as err:
+        raise CheckError(f"{command[0]} did not end within {PATIENCE} s") from err
     if not done.returncode:
         return
     if over := re.findall(r"region `(\w+)' overflowed by (\d+) bytes", done.stderr):
