@@ -721,3 +721,36 @@ def test_text_without_a_tokenizer_says_what_to_give_instead(tmp_path: Path) -> N
 
     with pytest.raises(rd.InputError, match=r"has no tokenizer\.json.*token ids"):
         read_tokenizer(tmp_path)
+
+
+class Experts(nn.Module):
+    """Each example goes to the expert that the sign of its first number names; a graph cannot follow that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            chosen = (x[:, 0] > 0).long() == i
+            if chosen.any():
+                out[chosen] = expert(x[chosen])
+        return out
+
+
+@pytest.mark.proves("inputs.moe")
+def test_an_expert_without_tokens_is_quantized_by_its_weights_and_listed() -> None:
+    torch.manual_seed(0)
+    model, x = Experts().eval(), torch.randn(64, 8) @ (torch.eye(8) + torch.ones(8, 8))  # what GPTQ is for: inputs that go together
+    x[:, 0] = x[:, 0].abs()  # expert 0 sees nothing
+    q = rd.quantize(model, "int4", "int8", data=[x], solver="gptq")
+    assert str(q.tensors["experts.0.weight"].format) == str(q.tensors["experts.1.weight"].format)
+    near = rd.quantize(model, "int4").tensors
+    assert torch.equal(q.tensors["experts.0.weight"].codes, near["experts.0.weight"].codes)
+    assert not torch.equal(q.tensors["experts.1.weight"].codes, near["experts.1.weight"].codes)
+    listed = {note.subject: note.text for note in q.notes if note.fallback}
+    assert "no example reached it" in listed["experts.0.weight"]
+    assert "stays float" in listed["experts.0.input"]
+    with pytest.raises(rd.CheckError, match=r"experts\.0"):
+        rd.quantize(model, "int4", data=[x], solver="gptq", strict=True)

@@ -49,6 +49,7 @@ class GraphNetwork:
             for name, node in self.found.items()
         ]
         self.tied = {f"{node.name}.weight": node for node in graph.nodes if _reads_anothers(node, self.found)}
+        self.ops = {name: node.op for name, node in self.found.items()}
         self.sites: set[str] = set()
         # batches must keep their size where the first input has no axis for them, or a fixed one
         first = graph.values.get(next(iter(graph.inputs), ""))
@@ -103,6 +104,7 @@ class ModuleNetwork:
         self.tied = _ties(module)
         named = {member(name, "weight"): one for name, one in self.found.items()}
         self.targets = [Target(name, one.weight, one.axis) for name, one in named.items() if name not in self.tied]
+        self.ops = {member(name, "weight"): one.op for name, one in self.found.items()}
         self.sites = {member(name, "input") for name in self.found}
         self.whole = False
         _left(notes, [name for name, p in module.named_parameters() if p.ndim >= 2 and name not in named])

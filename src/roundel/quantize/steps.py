@@ -12,6 +12,7 @@ from ..data import Batch
 from ..errors import InputError
 from ..formats.qtensor import QTensor
 from ..gate import LEAST, judge, losses, split
+from ..network.sweep import MATRIX
 from ..qmodel import Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
 from .networks import GraphNetwork, ModuleNetwork, some
@@ -31,8 +32,11 @@ def refined(network: GraphNetwork | ModuleNetwork, q: QModel, items: list[Batch]
     if solver in NEED_HESSIAN:
         rounded, q = q, network.refined(q, learn if judges >= LEAST else items, SOLVERS[solver], False, progress)
         if left := [name for name, tensor in q.tensors.items() if tensor is rounded.tensors[name]]:
-            why = "it solves convolutions and linear layers that the data reaches"
-            notes.append(Note("model", f"{len(left)} weights are rounded to nearest, not by {solver}: {some(left)}; {why}"))
+            unseen = [name for name in left if network.ops[name] in MATRIX]
+            notes += [Note(name, f"no example reached it: rounded to nearest, not by {solver}", fallback=True) for name in unseen]
+            if others := [name for name in left if name not in unseen]:
+                told = f"{len(others)} weights are rounded to nearest: {some(others)}"
+                notes.append(Note("model", f"{told}; {solver} solves convolutions and linear layers"))
     ladder: list[tuple[str, Callable[..., QTensor] | None, bool]]
     ladder = [(name.upper(), SOLVERS[name], False) for name in [EFFORTS[effort]] if name and solver is None]
     if isinstance(network, GraphNetwork):
