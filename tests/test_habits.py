@@ -28,7 +28,7 @@ FLOORS = {
     "graph": 3, "plan": 3, "solvers": 3,
     "network": 4, "qmodel": 4,
     "calibrate": 5,
-    "ranges": 5, "evaluate": 5, "integer": 5, "refine": 5, "gate": 5,
+    "ranges": 5, "evaluate": 5, "integer": 5, "refine": 5, "gate": 5, "transforms": 5, "tune": 5,
     "quantize": 6, "readers": 6, "report": 6, "inspect": 6, "exporters": 6, "runtimes": 6,
     "demo": 7, "verify": 7, "cli": 7,
 }  # fmt: skip
