@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from roundel.data import Batch
 from roundel.evaluate import predictions
 from roundel.formats import Format, QTensor
 from roundel.formats.qtensor import packed
-from roundel.gate import LEAST, Paired, Verdict, judge, losses, split
+from roundel.gate import LEAST, Losses, Paired, Verdict, choose, judge, losses, split
 from roundel.solvers import SOLVERS, gptq, rtn
 
 # -- who judges -------------------------------------------------------------------------------------------------------
@@ -189,6 +190,51 @@ def test_the_error_is_that_of_the_paired_difference() -> None:
     assert not judge((None, before[:0]), (None, before[:0])).kept
 
 
+# -- which parts stay --------------------------------------------------------------------------------------------------
+
+
+def additive(effects: dict[str, float], noise: float = 0.01) -> tuple[Callable[[frozenset[str]], Losses], list[frozenset[str]]]:
+    """Losses of 100 examples to which each part adds its effect, give or take, and what was measured."""
+    draw = torch.Generator().manual_seed(0)
+    each = {name: effect + noise * torch.randn(100, generator=draw, dtype=torch.float64) for name, effect in effects.items()}
+    base, asked = 10 + torch.randn(100, generator=draw, dtype=torch.float64), []
+
+    def measure(parts: frozenset[str]) -> Losses:
+        asked.append(parts)
+        loss = base + sum((each[name] for name in parts), torch.zeros(()))
+        return loss, loss
+
+    return measure, asked
+
+
+@pytest.mark.proves("gate.parts")
+@pytest.mark.parametrize("bad", [0, 3, 5, 8])
+@pytest.mark.parametrize(("harm", "whole"), [(0.3, True), (3.0, False)])
+def test_one_bad_part_is_found_whether_the_whole_helps_or_not(bad: int, harm: float, whole: bool) -> None:
+    effects = {f"layer{i}": harm if i == bad else -0.1 for i in range(9)}
+    measure, asked = additive(effects)
+    kept, best, verdict = choose(list(effects), measure, measure(frozenset()), passes=16)
+    assert verdict.kept is whole
+    assert kept == frozenset(effects) - {f"layer{bad}"}
+    assert torch.equal(best[1], measure(kept)[1])
+    assert len(asked) <= 1 + 1 + 16 + 1
+
+
+@pytest.mark.proves("gate.parts")
+def test_what_chance_alone_could_do_changes_nothing_and_passes_are_counted() -> None:
+    effects = {f"layer{i}": 0.0 for i in range(40)}
+    measure, asked = additive(effects, noise=1.0)
+    kept, _, verdict = choose(list(effects), measure, measure(frozenset()), passes=7)
+    assert kept in (frozenset(), frozenset(effects)) or len(kept) in (20, 10, 30)  # at most one lucky group
+    assert len(asked) == 1 + 1 + 7
+    healthy, asked = additive({f"layer{i}": -0.1 for i in range(8)})
+    assert len(choose([f"layer{i}" for i in range(8)], healthy, healthy(frozenset()), passes=16)[0]) == 8
+    one, asked = additive({"model": -1.0})
+    assert choose(["model"], one, one(frozenset()), passes=0)[0] == {"model"}
+    assert len(asked) == 2
+    assert verdict.examples == 100
+
+
 # -- planted steps ----------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +281,7 @@ def test_a_solver_that_lowers_the_layers_error_and_raises_the_divergence_is_caug
 
     assert kl(named) > 10 * kl(fast)
     assert kl(honest) < 0.1 * kl(named)
-    assert [note.text.split(":")[0] for note in q.notes if "GPTQ" in note.text] == ["GPTQ not kept"]
+    assert [note.text.split(":")[0] for note in q.notes if "GPTQ" in note.text][0] == "GPTQ not kept"
     assert [n.text for n in q.notes if "bias" in n.text] == [n.text for n in fast.notes if "bias" in n.text]
     assert all(torch.equal(q.tensors[name].codes, fast.tensors[name].codes) for name in fast.tensors)
     assert all(torch.equal(q.rest[name], fast.rest[name]) for name in fast.rest)
@@ -377,7 +423,7 @@ def test_every_output_counts() -> None:
 @pytest.mark.proves("gate.few")
 def test_an_effort_that_needs_data_says_that_it_had_none() -> None:
     q = rd.quantize(nn.Sequential(nn.Linear(8, 4)), "int4", effort="default")
-    assert any(note.text == "GPTQ not tried: there is no data to learn from" for note in q.notes)
+    assert any(note.text == "GPTQ and bias correction not tried: there is no data to learn from" for note in q.notes)
 
 
 @pytest.mark.proves("gate.few")

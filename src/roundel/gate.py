@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,12 @@ class Paired:
     after: float
     error: float
 
-    @property
-    def fell(self) -> bool:
-        """Whether the gain clears the noise: more than one standard error."""
-        return self.before - self.after > self.error
+    def fell(self, beyond: float = 1.0) -> bool:
+        """Whether the gain clears the noise: more than ``beyond`` standard errors."""
+        return self.before - self.after > beyond * self.error
 
-    @property
     def rose(self) -> bool:
-        """Whether the loss does, by as much, or stopped being a number."""
+        """Whether the loss rose by more than one standard error, or stopped being a number."""
         return not self.after - self.before <= self.error
 
     def __str__(self) -> str:
@@ -57,15 +56,23 @@ class Verdict:
     def kept(self) -> bool:
         """Whether the divergence fell, or the outputs came nearer while it did not rise; all beyond the noise."""
         if self.kl is None:
-            return self.output.fell
-        return self.kl.fell or (self.output.fell and not self.kl.rose)
+            return self.output.fell()
+        return self.kl.fell() or (self.output.fell() and not self.kl.rose())
+
+    @property
+    def certain(self) -> bool:
+        """Whether every loss fell by twice the noise: what a part must show, of which many are tried, so that chance favours some."""
+        return self.output.fell(2.0) and (self.kl is None or self.kl.fell(2.0))
 
     def __str__(self) -> str:
         kl = f"KL {self.kl}, " if self.kl is not None else ""
         return f"{kl}squared error {self.output} on {self.examples} held-out examples"
 
 
-def losses(real: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor]:
+Losses = tuple[Tensor | None, Tensor]
+
+
+def losses(real: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> Losses:
     """(KL or None, squared error) of every example, float64; both modules run in the mode they are in.
 
     KL is of the first output, the squared error of all that are real. Raises `InputError` where outputs cannot be compared: none, a
@@ -103,10 +110,39 @@ def _reals(output: Any) -> list[Tensor]:
     return [first, *(x for x in reals if x.data_ptr() != first.data_ptr())]
 
 
-def judge(before: tuple[Tensor | None, Tensor], after: tuple[Tensor | None, Tensor]) -> Verdict:
+def judge(before: Losses, after: Losses) -> Verdict:
     """The verdict on two models' `losses` over the same examples."""
     kl = None if before[0] is None or after[0] is None else _paired(before[0], after[0])
     return Verdict(kl, _paired(before[1], after[1]), len(before[1]))
+
+
+def choose(
+    parts: Sequence[str], measure: Callable[[frozenset[str]], Losses], none: Losses, passes: int
+) -> tuple[frozenset[str], Losses, Verdict]:
+    """Which parts of a step stay: (those, the losses with them, the verdict on the whole step).
+
+    ``measure`` gives the losses with some parts of the step in place, ``none`` are those without any. The whole is judged first.
+    Then, by bisection and within ``passes`` measurements, groups of parts are turned round, taken back from a step that stays or
+    let in from one that does not, wherever the gain is certain, and each group is cut in two in its turn.
+    """
+    best, whole = none, measure(frozenset(parts))
+    verdict, kept = judge(none, whole), frozenset[str]()
+    if verdict.kept:
+        best, kept = whole, frozenset(parts)
+    groups = deque(_halves(parts))
+    while groups and passes > 0:
+        group, passes = groups.popleft(), passes - 1
+        turned = kept ^ frozenset(group)
+        losses_turned = measure(turned)
+        if judge(best, losses_turned).certain:
+            best, kept = losses_turned, turned
+        groups += _halves(group)
+    return kept, best, verdict
+
+
+def _halves(parts: Sequence[str]) -> list[Sequence[str]]:
+    middle = len(parts) // 2
+    return [parts[:middle], parts[middle:]] if middle else []
 
 
 def _paired(before: Tensor, after: Tensor) -> Paired:

@@ -20,7 +20,7 @@ from ..qmodel import Note, QModel
 from ..ranges import static_activation
 from .checks import check_float, check_numbers, check_weights, refuse
 from .networks import GraphNetwork, ModuleNetwork, find_network
-from .steps import EFFORTS, refined
+from .ladder import EFFORTS, climb
 from .weights import round_weights
 
 __all__ = ["EFFORTS", "quantize"]
@@ -99,10 +99,10 @@ def quantize(
         provenance["preprocess"] = applied.to_dict()
     q = network.finish(tensors, chosen, plan, provenance, ())
     with one_thread(), evaluating(model):
-        if items is None and EFFORTS[effort] and solver is None:
-            notes.append(Note("model", f"{str(EFFORTS[effort]).upper()} not tried: there is no data to learn from"))
+        if items is None and effort != "fast" and solver is None:
+            notes.append(Note("model", f"{' and '.join(EFFORTS[effort])} not tried: there is no data to learn from"))
         if items is not None and tensors:
-            q = refined(network, q, items, solver, effort, progress, notes)
+            q = climb(network, q, items, solver, effort, progress, notes)
     undone = [n for n in notes if n.fallback]
     if strict and undone:
         raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in undone[:5])

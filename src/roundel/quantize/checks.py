@@ -19,7 +19,7 @@ from ..plan import Choice
 from ..qmodel import Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
 from .networks import GraphNetwork, ModuleNetwork, some
-from .steps import EFFORTS
+from .ladder import EFFORTS
 
 
 def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:

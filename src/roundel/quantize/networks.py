@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibrate import Progress, calibrate, run
@@ -14,16 +16,17 @@ from ..data import Batch
 from ..errors import InputError, PlanError
 from ..formats.qtensor import QTensor
 from ..graph import BATCH, Graph, GraphModule, Node
+from ..network.blocks import Entangled, MemoryShelf, Walk, find_blocks, sweep_blocks, units, within
 from ..network.capture import capture
 from ..network.fuse import fuse
 from ..network.huggingface import hf_config
 from ..network.layer import WEIGHTED, Activation
 from ..network.sites import find_sites, find_slots, find_weights
-from ..network.walk import Leaf, leaf_slots, leaves, member, state
+from ..network.walk import Leaf, install, leaf_slots, leaves, member, state
 from ..plan import Choice, Plan, Slot
 from ..qmodel import HF, Constants, External, Note, QModel, share
 from ..ranges import known_ranges
-from ..refine import Solve, hessians, refine
+from ..refine import Solve, refine
 from ..stats import Stats
 
 
@@ -122,13 +125,23 @@ class ModuleNetwork:
 
     def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
                 progress: Progress | None) -> QModel:  # fmt: skip
-        """Every layer on the inputs that the float network gives it: one pass, all Hessians in memory."""
+        """Block by block, on the inputs that the quantized layers before leave; all values between blocks in memory."""
         if solve is None:
             return q
-        new, solve_one = dict(q.tensors), solving(self, q, solve, progress)
-        for name, hessian in hessians(self.module, self.found, items, set(new)).items():
-            new[name] = solve_one(name, hessian)
-        return replace(q, tensors=new)
+        solve_one, blocks = solving(self, q, solve, progress), find_blocks(self.module)
+        found = {name: one for name, one in self.found.items() if member(name, "weight") in q.tensors}
+        last: Entangled | None = None
+        for names, keep in ((blocks, False), (blocks, True), ([""], True)):  # a chain, blocks that see each other, or anything
+            new = dict(q.tensors)
+            module = install(share(self.module), outside(new, names), self.tied, {})
+            try:
+                with torch.no_grad():
+                    walk = Walk(module, names, units(items), MemoryShelf(keep))
+                    sweep_blocks(walk, found, partial(solve_layers, new, solve_one))
+                return replace(q, tensors=new)
+            except Entangled as err:
+                last = err
+        raise last or AssertionError
 
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
@@ -163,6 +176,19 @@ def solving(network: GraphNetwork | ModuleNetwork, q: QModel, solve: Callable[..
         return solve(target.weight, fmt, hessian, axis=target.axis)
 
     return one
+
+
+def solve_layers(tensors: dict[str, QTensor], solve: Solve, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers of ``moments`` solved into ``tensors``, and their new values."""
+    for name, moment in moments.items():
+        weight = member(name, "weight")
+        tensors[weight] = solve(weight, moment)
+    return {name: tensors[member(name, "weight")].dequantize() for name in moments}
+
+
+def outside(tensors: Mapping[str, QTensor], blocks: Sequence[str]) -> dict[str, QTensor]:
+    """The tensors that are in none of the blocks."""
+    return {name: tensor for name, tensor in tensors.items() if not any(within(name, block) for block in blocks)}
 
 
 def find_network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> GraphNetwork | ModuleNetwork:
@@ -208,8 +234,8 @@ def _ties(module: nn.Module) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_meta:
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if isinstance(tensor, Tensor) and tensor.numel():
+            key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if key in first:
                 ties[name] = first[key]
             first.setdefault(key, name)
