@@ -61,7 +61,7 @@ class Verdict:
 
     @property
     def certain(self) -> bool:
-        """Whether every loss fell by twice the noise: what a part must show, of which many are tried, so that chance favours some."""
+        """Whether every loss fell by twice the noise. Parts must show that: many are tried, and chance favours some."""
         return self.output.fell(2.0) and (self.kl is None or self.kl.fell(2.0))
 
     def __str__(self) -> str:

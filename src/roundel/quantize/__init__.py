@@ -19,8 +19,8 @@ from ..plan import FLOAT, Choice, Plan
 from ..qmodel import Note, QModel
 from ..ranges import static_activation
 from .checks import check_float, check_numbers, check_weights, refuse
-from .networks import GraphNetwork, ModuleNetwork, find_network
 from .ladder import EFFORTS, climb
+from .networks import Network, find_network
 from .weights import round_weights
 
 __all__ = ["EFFORTS", "quantize"]
@@ -68,6 +68,7 @@ def quantize(
     with one_thread(), torch.no_grad(), evaluating(model):
         check_numbers(model)
         network = find_network(model, items, notes)
+        plan = network.widened(plan, notes)
         table = network.resolve(plan)
         if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
             raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
@@ -82,32 +83,39 @@ def quantize(
                     "model", "only the inputs of its weighted layers are quantized, what lies between them is float", fallback=True
                 )
             )
-        chosen = _activations(network, table, items or [], ranges, progress, notes)
-        tensors = round_weights(network, table, progress, notes)
-    provenance = {
-        "roundel": __version__,
-        "torch": str(torch.__version__),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "effort": effort,
-        "solver": solver or "rtn",
-        "ranges": ranges,
-        "seed": seed,
-        "calibration_batches": len(items) if items is not None else 0,
-    }
-    applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
-    if applied is not None and applied != Preprocess():
-        provenance["preprocess"] = applied.to_dict()
-    q = network.finish(tensors, chosen, plan, provenance, ())
+        provenance = {
+            "roundel": __version__,
+            "torch": str(torch.__version__),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "effort": effort,
+            "solver": solver or "rtn",
+            "ranges": ranges,
+            "seed": seed,
+            "calibration_batches": len(items) if items is not None else 0,
+        }
+        applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
+        if applied is not None and applied != Preprocess():
+            provenance["preprocess"] = applied.to_dict()
+
+        def near(network: Network) -> QModel:
+            """Ranges from the data, weights rounded to nearest: the ladder's foot, also of a network that was transformed."""
+            told: list[Note] = []
+            chosen = _activations(network, table, items or [], ranges, progress, told)
+            tensors = round_weights(network, table, progress, told)
+            return network.finish(tensors, chosen, plan, provenance, tuple(told))
+
+        q = near(network)
     with one_thread(), evaluating(model):
         if items is None and effort != "fast" and solver is None:
             notes.append(Note("model", f"{' and '.join(EFFORTS[effort])} not tried: there is no data to learn from"))
-        if items is not None and tensors:
-            q = climb(network, q, items, solver, effort, progress, notes)
-    undone = [n for n in notes if n.fallback]
+        if items is not None and q.tensors:
+            q = climb(network, q, near, items, solver, effort, progress, notes)
+    q = replace(q, notes=q.notes + tuple(notes))
+    undone = [n for n in q.notes if n.fallback]
     if strict and undone:
         raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in undone[:5])
                          + (f"; and {len(undone) - 5} more" if len(undone) > 5 else ""))  # fmt: skip
-    return replace(q, notes=q.notes + tuple(notes))
+    return q
 
 
 def _rules(weights: str | None, activations: str | None, exclude: Iterable[str], plan: Plan | None) -> Plan:
@@ -130,7 +138,7 @@ def _rules(weights: str | None, activations: str | None, exclude: Iterable[str],
 
 
 def _activations(
-    network: GraphNetwork | ModuleNetwork,
+    network: Network,
     table: Mapping[str, Choice | None],
     items: list[Batch],
     ranges: str,

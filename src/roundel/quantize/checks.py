@@ -12,14 +12,13 @@ from ..calibrate import run
 from ..data import Batch
 from ..errors import InputError, PlanError
 from ..evaluate import near_chance, predictions
-from ..formats.format import MODEL
 from ..formats.qtensor import to_matrix
 from ..graph import GraphModule
 from ..plan import Choice
 from ..qmodel import Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
-from .networks import GraphNetwork, ModuleNetwork, some
 from .ladder import EFFORTS
+from .networks import Network, some
 
 
 def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
@@ -74,7 +73,7 @@ def check_finite(name: str, w: Tensor, mask: bool = False) -> None:
                          "repair the model")  # fmt: skip
 
 
-def check_weights(network: GraphNetwork | ModuleNetwork, table: Mapping[str, Choice | None], notes: list[Note]) -> None:
+def check_weights(network: Network, table: Mapping[str, Choice | None], notes: list[Note]) -> None:
     """Numbers that are not finite, formats that cannot apply, groups that do not divide: all before the work starts."""
     short: dict[int, list[str]] = {}
     for target in network.targets:
@@ -83,10 +82,6 @@ def check_weights(network: GraphNetwork | ModuleNetwork, table: Mapping[str, Cho
         choice = table.get(target.name)
         if choice is None:
             continue
-        if choice.format.table == MODEL:
-            raise PlanError(
-                f"{target.name}: a table shared by the model ({choice.format}) is not built yet; use @tensor or @channel"
-            )
         cols = to_matrix(w, target.axis).shape[1]
         group = choice.format.share.cols
         if group and cols % group:

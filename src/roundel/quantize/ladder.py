@@ -10,20 +10,18 @@ import torch
 from ..calibrate import Progress
 from ..data import Batch
 from ..errors import InputError
-from ..formats.qtensor import QTensor
 from ..gate import LEAST, Losses, choose, losses, split
 from ..graph import Graph
 from ..network.sweep import MATRIX
 from ..qmodel import Constants, Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
-from .networks import GraphNetwork, ModuleNetwork, some
-
-Network = GraphNetwork | ModuleNetwork
+from ..transforms.equalize import equalize
+from .networks import GraphNetwork, Network, some
 
 #: What ``effort`` does after rounding to nearest, in order.
 EFFORTS: dict[str, tuple[str, ...]] = {
     "fast": ("bias correction",),
-    "default": ("GPTQ", "bias correction"),
+    "default": ("equalization", "GPTQ", "bias correction"),
 }
 
 #: Examples that a step learns from, and as many that judge it, at most: all their values at one node are in memory together.
@@ -50,14 +48,19 @@ class Step:
     parts: bool = False
 
 
-def climb(network: Network, q: QModel, items: list[Batch], solver: str | None, effort: str, progress: Progress | None,
-          notes: list[Note]) -> QModel:  # fmt: skip
-    """``q`` after the steps that ``effort`` names, those that were measured to help; a solver that was named is not judged."""
+#: The foot of the ladder for any network: ranges from the data, weights rounded to nearest.
+Near = Callable[[Network], QModel]
+
+
+def climb(network: Network, q: QModel, near: Near, items: list[Batch], solver: str | None, effort: str,
+          progress: Progress | None, notes: list[Note]) -> QModel:  # fmt: skip
+    """``q``, which is ``near(network)``, after the steps that ``effort`` names, those that were measured to help; a solver that was
+    named is not judged."""
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
     judges = sum(map(len, held))
     if solver in NEED_HESSIAN:
         q = _solved(network, q, learn if judges >= LEAST else items, solver, progress, notes)
-    steps = [step for step in _steps(learn, progress) if step.name in EFFORTS[effort]]
+    steps = [step for step in _steps(near, learn, progress) if step.name in EFFORTS[effort]]
     steps = [step for step in steps if solver is None or step.name.lower() not in SOLVERS]
     if not isinstance(network, GraphNetwork):
         steps = [step for step in steps if step.name not in GRAPH_ONLY]
@@ -86,11 +89,20 @@ def climb(network: Network, q: QModel, items: list[Batch], solver: str | None, e
 
 
 #: Steps that need to know how values flow.
-GRAPH_ONLY = frozenset(["bias correction"])
+GRAPH_ONLY = frozenset(["equalization", "bias correction"])
 
 
-def _steps(learn: list[Batch], progress: Progress | None) -> list[Step]:
+def _steps(near: Near, learn: list[Batch], progress: Progress | None) -> list[Step]:
     """Every step there is, in the order in which they are of use to each other."""
+
+    def equalized(rung: Rung) -> Rung | None:
+        assert isinstance(rung.network, GraphNetwork)
+        graph, told = equalize(rung.network.graph)
+        if graph is rung.network.graph:
+            return None
+        network = GraphNetwork(graph, [])
+        q = near(network)
+        return Rung(network, replace(q, notes=q.notes + told))
 
     def solve(name: str) -> Callable[[Rung], Rung]:
         def make(rung: Rung) -> Rung:
@@ -102,7 +114,7 @@ def _steps(learn: list[Batch], progress: Progress | None) -> list[Step]:
     def correct(rung: Rung) -> Rung:
         return Rung(rung.network, rung.network.refined(rung.q, learn, None, True, progress))
 
-    return [Step("GPTQ", solve("gptq"), parts=True), Step("bias correction", correct, parts=True)]
+    return [Step("equalization", equalized), Step("GPTQ", solve("gptq"), parts=True), Step("bias correction", correct, parts=True)]
 
 
 def _judged(step: Step, old: Rung, new: Rung, measure: Callable[[QModel], Losses], loss: Losses,

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..calibrate import Progress, calibrate, run
 from ..data import Batch
 from ..errors import InputError, PlanError
+from ..formats.format import MODEL
+from ..formats.grid import Uniform
 from ..formats.qtensor import QTensor
 from ..graph import BATCH, Graph, GraphModule, Node
 from ..network.blocks import Entangled, MemoryShelf, Walk, find_blocks, sweep_blocks, units, within
@@ -21,13 +23,18 @@ from ..network.capture import capture
 from ..network.fuse import fuse
 from ..network.huggingface import hf_config
 from ..network.layer import WEIGHTED, Activation
-from ..network.sites import find_sites, find_slots, find_weights
+from ..network.sites import find_sites, find_slots, find_weights, fine_sites
 from ..network.walk import Leaf, install, leaf_slots, leaves, member, state
-from ..plan import Choice, Plan, Slot
+from ..plan import FLOAT, Choice, Plan, Rule, Slot
 from ..qmodel import HF, Constants, External, Note, QModel, share
 from ..ranges import known_ranges
 from ..refine import Solve, refine
 from ..stats import Stats
+from .pieces import by_rows
+
+
+#: The format of sites that are marked fine, where a plan says nothing but fewer bits for everything: TFLite's int16, symmetric.
+FINE, FINE_BITS = "int16s", 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +85,22 @@ class GraphNetwork:
         self.sites = whole | {slot.name for slot in dynamic if slot.kind == "activation"}
         return kept
 
+    def widened(self, plan: Plan, notes: list[Note]) -> Plan:
+        """``plan`` with rules for what recurrent cells add to, where its rule for everything asks for fewer bits: an error there
+        comes back at every step. They come right after that rule, so any other of the plan has the last word."""
+        general = [i for i, rule in enumerate(plan.rules) if rule.pattern == "*" and rule.activation not in (None, FLOAT)]
+        sites = fine_sites(self.graph)
+        if not general or not sites:
+            return plan
+        at = general[-1]
+        choice = Choice.parse(str(plan.rules[at].activation), "activation")
+        if choice.when != "static" or choice.format.bits >= FINE_BITS or not isinstance(choice.format.grid, Uniform):
+            return plan
+        told = f"what its recurrent cells add to from step to step is {FINE}, not {plan.rules[at].activation}: {some(sites)}"
+        notes.append(Note("model", f"{told}; a rule of a plan for these sites has the last word"))
+        fine = tuple(Rule(_literally(site), activation=FINE) for site in sites)
+        return Plan((*plan.rules[: at + 1], *fine, *plan.rules[at + 1 :]))
+
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
         return calibrate(self.module, items, only=only, progress=progress)
 
@@ -111,6 +134,10 @@ class ModuleNetwork:
         self.sites = {member(name, "input") for name in self.found}
         self.whole = False
         _left(notes, [name for name, p in module.named_parameters() if p.ndim >= 2 and name not in named])
+
+    def widened(self, plan: Plan, notes: list[Note]) -> Plan:
+        """As it is: what lies inside of a module is float here."""
+        return plan
 
     def resolve(self, plan: Plan) -> dict[str, Choice | None]:
         table = plan.resolve(leaf_slots(self.found))
@@ -163,17 +190,21 @@ class ModuleNetwork:
         )
 
 
-def solving(network: GraphNetwork | ModuleNetwork, q: QModel, solve: Callable[..., QTensor], progress: Progress | None) -> Solve:
+Network = GraphNetwork | ModuleNetwork
+
+
+def solving(network: Network, q: QModel, solve: Callable[..., QTensor], progress: Progress | None) -> Solve:
     """``solve`` by the name of a weight, in the format that the weight has."""
     targets = {target.name: target for target in network.targets}
     done: list[str] = []
 
     def one(name: str, hessian: Tensor) -> QTensor:
-        target, fmt = targets[name], q.tensors[name].format
+        target, old = targets[name], q.tensors[name]
         if progress:
             done.append(name)
             progress("solve", len(done), len(q.tensors))
-        return solve(target.weight, fmt, hessian, axis=target.axis)
+        table = old.params.table if old.format.table == MODEL else None  # a table of the model stays what all have
+        return solve(target.weight, old.format, hessian, axis=target.axis, table=table)
 
     return one
 
@@ -191,7 +222,7 @@ def outside(tensors: Mapping[str, QTensor], blocks: Sequence[str]) -> dict[str, 
     return {name: tensor for name, tensor in tensors.items() if not any(within(name, block) for block in blocks)}
 
 
-def find_network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> GraphNetwork | ModuleNetwork:
+def find_network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> Network:
     """A graph where the model is one or can be captured; transformers models and what cannot be captured go the module path."""
     if isinstance(model, GraphModule):
         return GraphNetwork(fuse(model.graph), notes)
@@ -244,7 +275,9 @@ def _ties(module: nn.Module) -> dict[str, str]:
 
 def _reads_anothers(node: Node, found: Mapping[str, Node]) -> bool:
     """Whether a layer computes with the weight of another, as a tied head does; a layer that runs again only has a number."""
-    if node.op not in WEIGHTED or found.get(node.inputs[1], node) is node:
+    if node.op not in WEIGHTED or (first := found.get(node.inputs[1], node)) is node:
+        return False
+    if node.attrs.get("site", "") == first.attrs.get("site"):  # another step of one recurrent layer
         return False
     return not re.fullmatch(re.escape(node.inputs[1].removesuffix(".weight")) + r"(_\d+)?", node.name)
 
@@ -253,6 +286,11 @@ def _check_ties(table: Mapping[str, Choice | None], tied: Mapping[str, str]) -> 
     for alias, first in tied.items():
         if alias in table and first in table and table[alias] != table[first]:
             raise PlanError(f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither")
+
+
+def _literally(name: str) -> str:
+    """A pattern that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _left(notes: list[Note], names: list[str]) -> None:

@@ -3,47 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..calibrate import Progress
 from ..errors import FormatError
-from ..formats.format import Format, with_real
+from ..formats.codec import shared_table
+from ..formats.format import MODEL, Format, with_real
 from ..formats.grid import Levels, Uniform
 from ..formats.qtensor import QTensor, to_matrix
 from ..plan import Choice
 from ..qmodel import Note
 from ..solvers import rtn
-from .networks import GraphNetwork, ModuleNetwork, Target
+from .networks import Network, Target
+from .pieces import by_rows
 
 #: A number is an outlier when it is this many times the usual (median) magnitude of its tensor.
 OUTLIER = 1e4
 
 
 def round_weights(
-    network: GraphNetwork | ModuleNetwork, table: Mapping[str, Choice | None], progress: Progress | None, notes: list[Note]
+    network: Network, table: Mapping[str, Choice | None], progress: Progress | None, notes: list[Note]
 ) -> dict[str, QTensor]:
-    """Every weight rounded to nearest."""
+    """Every weight rounded to nearest; those in one format whose table is the model's (``@model``) by one table learned of all."""
     tensors: dict[str, QTensor] = {}
+    shared = _model_tables(network, table)
     for i, target in enumerate(network.targets):
-        choice = table.get(target.name)
-        if choice is not None and target.weight.numel() == 0:
-            notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
-        elif choice is not None:
-            tensors[target.name] = _rounded(target, choice.format, notes)
-            _tell_outlier(target, tensors[target.name], notes)
+        if (choice := table.get(target.name)) is not None:
+            tensors |= round_weight(target, choice.format, notes, shared.get(choice.format))
         if progress:
             progress("quantize", i + 1, len(network.targets))
     return tensors
 
 
-def _rounded(target: Target, fmt: Format, notes: list[Note]) -> QTensor:
+def round_weight(target: Target, fmt: Format, notes: list[Note], table: Tensor | None = None) -> dict[str, QTensor]:
+    """One weight rounded to nearest, by its name; nothing where it is empty."""
+    if target.weight.numel() == 0:
+        notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
+        return {}
+    rounded = _rounded(target, fmt, notes, table)
+    _tell_outlier(target, rounded, notes)
+    return {target.name: rounded}
+
+
+def _model_tables(network: Network, table: Mapping[str, Choice | None]) -> dict[Format, Tensor]:
+    """Format -> the table that all its tensors share, for formats with a table of the model."""
+    users: dict[Format, list[Tensor]] = {}
+    for target in network.targets:
+        choice = table.get(target.name)
+        if choice is not None and choice.format.table == MODEL:
+            users.setdefault(choice.format, []).append(to_matrix(target.weight.detach(), target.axis))
+    return {fmt: shared_table(fmt, matrices) for fmt, matrices in users.items()}
+
+
+def _rounded(target: Target, fmt: Format, notes: list[Note], table: Tensor | None = None) -> QTensor:
     """One weight rounded; scales are kept as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
     wide = with_real(fmt, "fp32")
     if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(target, wide):
-        kept = rtn(target.weight, wide, axis=target.axis)
+        kept = by_rows(rtn, target.weight, wide, axis=target.axis)
         if torch.equal(kept.dequantize(), target.weight.float()):
-            narrow = rtn(target.weight, fmt, axis=target.axis)
+            narrow = by_rows(rtn, target.weight, fmt, axis=target.axis)
             if torch.equal(narrow.dequantize(), target.weight.float()):
                 return narrow
             notes.append(
@@ -54,12 +75,12 @@ def _rounded(target: Target, fmt: Format, notes: list[Note]) -> QTensor:
             )
             return kept
     try:
-        return rtn(target.weight, fmt, axis=target.axis)
+        return by_rows(partial(rtn, table=table), target.weight, fmt, axis=target.axis)
     except FormatError as err:
         if wide == fmt:
             raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: {err}") from err
         notes.append(Note(target.name, f"{err}; done, as {wide}", fallback=True))
-        return rtn(target.weight, wide, axis=target.axis)
+        return by_rows(partial(rtn, table=table), target.weight, wide, axis=target.axis)
 
 
 def _tell_outlier(target: Target, q: QTensor, notes: list[Note]) -> None:
