@@ -15,12 +15,12 @@ from .stats import Stats, find_range
 
 def known_ranges(graph: Graph, sites: Sites) -> dict[str, tuple[float, float]]:
     """Sites whose numbers lie in a fixed range whatever the data: softmax and sigmoid in [0, 1), tanh in [-1, 1), as TFLite fixes
-    them (int8 then steps by 1/256 and 1/128)."""
+    them (int8 then steps by 1/256 and 1/128, symmetric int16 by 2^-15)."""
     producers = graph.producers()
     found = {}
     for site, origin in sites.origin.items():
         ops = {producers[name].op for name in origin if name in producers}
-        if len(ops) == len(origin) == 1:
+        if len(ops) == 1 and all(name in producers for name in origin):
             if ops <= {"softmax", "sigmoid"}:
                 found[site] = (0.0, 1.0)
             elif ops == {"tanh"}:
@@ -37,7 +37,10 @@ def static_activation(name: str, fmt: Format, seen: Stats, method: str, fixed: t
     if isinstance(fmt.grid, Real):
         nothing = torch.zeros(1, 1)
         return Activation(fmt, "static", fmt.store(fmt.from_range(nothing, nothing)))
-    if fixed is not None and isinstance(fmt.grid, Uniform) and fmt.zero is not None and fmt.bits in (8, 16):
+    symmetric = fmt.zero is None and fmt.min is None and fmt.bits == 16
+    if fixed is not None and isinstance(fmt.grid, Uniform) and symmetric:
+        lo, hi = 2.0**-15 - fixed[1], fixed[1] - 2.0**-15
+    elif fixed is not None and isinstance(fmt.grid, Uniform) and fmt.zero is not None and fmt.bits in (8, 16):
         lo, hi = fixed[0], fixed[1] - (fixed[1] - fixed[0]) * 2.0**-fmt.bits
     else:
         # A grid that is no run of integers is searched as the symmetric integers of as many bits.

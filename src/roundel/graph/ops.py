@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from inspect import Parameter, signature
 from typing import Any
 
@@ -21,6 +21,10 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: Attributes of any operation that change no number. Results of one ``site`` share their parameters; those that are ``fine``
+#: take 16 bits where a plan says 8 of everything.
+MARKS = frozenset(["site", "fine"])
+
 _COMPARE = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
 
 #: What an operation raises for operands or attributes that it cannot take.
@@ -30,7 +34,7 @@ MISFIT = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, Arit
 def misfit(name: str, attrs: Mapping[str, Any]) -> str:
     """Why these attributes are none of the operation ``name``; empty where they are."""
     known, needed = _attributes(name)
-    if odd := sorted(attrs.keys() - known):
+    if odd := sorted(attrs.keys() - known - MARKS):
         return f"has no attribute {odd[0]!r}"
     if missing := sorted(needed - attrs.keys()):
         return f"lacks the attribute {missing[0]!r}"
@@ -47,8 +51,13 @@ def _attributes(name: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def op(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Enter a definition in the list under its own name, less a trailing underscore."""
-    OPS[fn.__name__.rstrip("_")] = fn
+    """Enter a definition in the list under its own name, less a trailing underscore; it computes without `MARKS`."""
+
+    @wraps(fn)
+    def unmarked(*operands: Any, site: str = "", fine: bool = False, **attrs: Any) -> Any:
+        return fn(*operands, **attrs)
+
+    OPS[fn.__name__.rstrip("_")] = unmarked
     return fn
 
 

@@ -509,6 +509,8 @@ def _filled(value: Callable[..., Any]) -> Callable[..., Any]:
     def translate(e: Emitter, *args: Any) -> Any:
         shape = [1 if is_symbolic(n) else int(n) for n in e.out.shape]
         row = Const(torch.full(shape, value(*args), dtype=e.out.dtype))
+        if any(is_symbolic(n) for n in e.out.shape[1:]) and not is_symbolic(e.out.shape[0]):
+            return Const(row.tensor, single=True)  # the state of a recurrent layer begins so
         return _to_shape(e, e.emit("identity", row), shape, e.out.shape) if shape != list(e.out.shape) else row
 
     return translate

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..graph import BATCH, Graph, GraphModule, Spec
 from .aten import PASSING, op_name, translator
 from .emitter import Call, Const, Emitter, Unsupported, finish, is_symbolic, some
+from .recurrent import kept_whole
 
 
 def capture(module: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Graph:
@@ -136,6 +137,7 @@ def _batch_limits(program: Any) -> list[str]:
 
 def _simplify(program: Any) -> Any:
     """Functional form (no in-place writes), with only those operations taken apart that `ATEN` does not know."""
+    kept_whole(program.graph)
     program = program.run_decompositions({})
     catalogue = torch.export.default_decompositions()
     tried: set[Any] = set()
@@ -272,12 +274,12 @@ def _fold(e: Emitter, n: Any) -> Any:
     operands = [e.env[a] for a in n.all_input_nodes]
     values = {a: c.tensor for a, c in zip(n.all_input_nodes, operands, strict=True)}
     result = n.target(*fx.map_arg(n.args, values.__getitem__), **fx.map_arg(n.kwargs, values.__getitem__))
-    sources = tuple(dict.fromkeys(s for c in operands for s in c.sources))
+    sources, single = tuple(dict.fromkeys(s for c in operands for s in c.sources)), any(c.single for c in operands)
     head, mark, tail = e.call.path.partition(".parametrizations.")
     name = f"{head}.{tail.split('.')[0]}" if mark else None
     if isinstance(result, Tensor):
-        return next((c for c in operands if c.tensor is result), Const(result.detach(), name, sources))
-    return tuple(Const(r.detach(), None, sources) for r in result)
+        return next((c for c in operands if c.tensor is result), Const(result.detach(), name, sources, single))
+    return tuple(Const(r.detach(), None, sources, single) for r in result)
 
 
 def _bound(e: Emitter, n: Any) -> list[Any]:

@@ -19,11 +19,16 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Const:
-    """A tensor known at capture: a parameter by its name, or something computed from ``sources`` alone."""
+    """A tensor known at capture: a parameter by its name, or something computed from ``sources`` alone.
+
+    One that is ``single`` stands for as many examples as there are, on an axis where no operation repeats it: it can be looked at,
+    and be no operand.
+    """
 
     tensor: Tensor
     name: str | None = None
     sources: tuple[str, ...] = ()
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,16 @@ class Emitter:
     node: fx.Node = None  # type: ignore[assignment]
     call: Call = field(default_factory=lambda: Call("", "", False))
 
-    def emit(self, op: str, *operands: Any, outputs: int = 1, **attrs: Any) -> Any:
-        """Add one node; operands are fx nodes, value names, tensors' `Const`, numbers or None. Returns its value name(s)."""
+    def emit(self, op: str, *operands: Any, outputs: int = 1, named: str = "", **attrs: Any) -> Any:
+        """Add one node; operands are fx nodes, value names, tensors' `Const`, numbers or None. Returns its value name(s), which
+        become ``named`` and a number."""
         at = f"%{len(self.drafts)}"
         roles = _ROLES.get(op, ())
         names = [self._ref(x, at, roles[i] if i < len(roles) else "value") for i, x in enumerate(operands)]
         while names and not names[-1]:
             names.pop()
         outs = tuple(f"{at}.{i}" for i in range(outputs)) if outputs > 1 else (at,)
-        self.drafts.append(Draft(Node(op, tuple(names), outs, attrs), self.call, self._stem(op, names)))
+        self.drafts.append(Draft(Node(op, tuple(names), outs, attrs), self.call, named or self._stem(op, names)))
         return outs if outputs > 1 else at
 
     def _ref(self, x: Any, at: str, role: str) -> str:
@@ -88,6 +94,8 @@ class Emitter:
             x = Const(torch.tensor(float(x) if floats else x))
         if not isinstance(x, Const):
             raise Unsupported(f"an operand that is {type(x).__name__}")
+        if x.single:
+            raise Unsupported("a broadcast to the batch size off axis 0")
         if x not in self.refs:
             ref = x.name or f"{at}/{role}"
             while ref in self.constants:

@@ -125,9 +125,10 @@ def _unary(name: str, **attrs: Any) -> Callable[[View, Node, Binding], Swap]:
 
 
 def _constant(view: View, root: Node) -> Swap | None:
-    """What depends on constants alone is computed now; broadcasts stay operations, or small constants would become large."""
+    """What depends on constants alone is computed now, unless it names a site; broadcasts stay operations, or small constants would
+    become large."""
     known = [view.constant(name) for name in root.inputs if name]
-    if len(root.outputs) > 1 or root.name in view.graph.outputs or root.op == "expand" or not known:
+    if len(root.outputs) > 1 or root.name in view.graph.outputs or root.op == "expand" or root.attrs.get("site") or not known:
         return None
     if any(tensor is None for tensor in known):
         return None
@@ -137,8 +138,10 @@ def _constant(view: View, root: Node) -> Swap | None:
 
 
 def _no_op(view: View, root: Node) -> Swap | None:
-    """identity, x + 0, x - 0, x * 1, x / 1, and casts and reshapes that change nothing."""
+    """identity, x + 0, x - 0, x * 1, x / 1, and casts and reshapes that change nothing, unless they name a site."""
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1, "pow": 1}
+    if root.attrs.get("site"):
+        return None
     if root.op == "identity":
         return Swap((), root.inputs[0])
     if root.op in ("reshape", "cast"):

@@ -63,6 +63,7 @@ def find_sites(graph: Graph) -> Sites:
     real = {name for name in graph.inputs if (spec := graph.values.get(name)) is None or "float" in spec.dtype}
     parent.update({name: name for name in graph.inputs if name in real})
     moved: set[str] = set()
+    marked: dict[str, str] = {}
     for node in graph.nodes:
         operands = [name for name in edges(node) if name]
         for name in operands:
@@ -78,6 +79,8 @@ def find_sites(graph: Graph) -> Sites:
                 join(operands[0], out)
                 if node.op != "pad" or not 0 < abs(node.attrs.get("value", 0.0)) < float("inf"):  # a border may widen the range
                     moved.add(out)
+            if key := node.attrs.get("site"):
+                join(marked.setdefault(key, out), out)
         if node.op in SHARED:
             for name in operands[1 if node.op == "where" else 0 :]:
                 if name in parent:
@@ -89,6 +92,12 @@ def find_sites(graph: Graph) -> Sites:
         if name not in moved:
             origin.setdefault(root[name], []).append(name)
     return Sites(root, origin)
+
+
+def fine_sites(graph: Graph) -> list[str]:
+    """Sites with results that are marked ``fine``: what a recurrent cell adds to, step after step."""
+    root = find_sites(graph).root
+    return list(dict.fromkeys(root[out] for node in graph.nodes if node.attrs.get("fine") for out in node.outputs))
 
 
 def edges(node: Node) -> list[str]:

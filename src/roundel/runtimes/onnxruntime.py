@@ -90,8 +90,10 @@ def execute(written: Written, given: Mapping[str, Ints], *, apart: bool = False)
 
 
 def _door(node: Any, model: Any) -> bool:
-    """Whether a node quantizes an input of the model."""
-    return node.op_type == "QuantizeLinear" and node.input[0] in {value.name for value in model.graph.input}
+    """Whether a node quantizes an input of the model, clipped or not."""
+    doors = {value.name for value in model.graph.input}
+    doors |= {clip.output[0] for clip in model.graph.node if clip.op_type == "Clip" and clip.input[0] in doors}
+    return node.op_type == "QuantizeLinear" and node.input[0] in doors
 
 
 def _restrict(model: Any, outputs: list[str], kinds: Mapping[str, int]) -> None:

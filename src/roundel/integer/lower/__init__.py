@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ...errors import PlanError, RoundelError
 from ...graph import Graph, Node
+from ...graph.ops import MARKS
 from ...qmodel import QModel
 from .. import ops
 from ..check import accumulators, check_integer
@@ -42,7 +43,7 @@ def lower(q: QModel, dialect: str = "R2") -> Graph:
         known = " It is float arithmetic: see in_dialect." if dialect in RULES else ""
         raise PlanError(f"there is no integer dialect {dialect!r}; there are {', '.join(INTEGER)}.{known}")
     made = Lowering(q, q.structure, dialect)
-    for node in (*made.doors(), *q.structure.nodes):
+    for node in (*made.doors(), *map(_bare, q.structure.nodes)):
         try:
             if node.op not in rules.RULES:
                 raise PlanError("there is no integer definition of it yet")
@@ -57,6 +58,11 @@ def lower(q: QModel, dialect: str = "R2") -> Graph:
     graph = Graph(q.structure.inputs, outputs, tuple(made.nodes), made.constants, made.values, q.structure.notes, "integer")
     check_integer(graph)
     return graph
+
+
+def _bare(node: Node) -> Node:
+    """A node without the marks that say what shares parameters: the integer graph has the parameters."""
+    return Node(node.op, node.inputs, node.outputs, {key: value for key, value in node.attrs.items() if key not in MARKS})
 
 
 def in_dialect(graph: Graph, dialect: str | Mapping[str, str]) -> Graph:

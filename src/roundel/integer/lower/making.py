@@ -70,6 +70,7 @@ class Lowering:
     values: dict[str, Spec] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     steps: str = ""
+    known: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,8 +107,12 @@ class Lowering:
         return Affine(scale, zero, low, high, str(fmt.grid))
 
     def constant(self, name: str, numbers: ArrayLike, dtype: str = "int32") -> str:
-        """Enter a constant; those of up to 8 bits are packed."""
+        """Enter a constant, and return its name: that of an equal one where there is one, as the steps of a recurrent layer have
+        them. Those of up to 8 bits are packed."""
         codes = np.asarray(numbers, np.int64)
+        key = (dtype, codes.shape, codes.tobytes())
+        if name not in self.source.constants and (found := self.known.setdefault(key, name)) != name:
+            return found
         low, high = ops.extremes(dtype)
         if codes.size and (codes.min() < low or codes.max() > high):
             raise PlanError(f"{name} reaches {codes.min():,} to {codes.max():,}, past {dtype}")

@@ -65,6 +65,12 @@ def _rescaled(made: Lowering, node: Node, op: str, factor: float, act: str | Non
               **made.rescaled(y, act))  # fmt: skip
 
 
+def _cast(made: Lowering, node: Node) -> None:
+    if "float" not in node.attrs["dtype"]:
+        raise PlanError(f"its results are {node.attrs['dtype']}; a cast between real numbers changes units, others are not lowered")
+    _rescaled(made, node, "rescale", 1.0)
+
+
 def _relu(made: Lowering, node: Node) -> None:
     _rescaled(made, node, "rescale", 1.0, act=node.op)
 
@@ -298,7 +304,8 @@ RULES: Mapping[str, Callable[[Lowering, Node], None]] = {
     "input": _input, "identity": _identity,
     "conv": lower_weighted, "conv_transpose": lower_weighted, "linear": lower_weighted, "embedding": lower_embedding,
     "matmul": lower_matmul,
-    "add": _add, "sub": _add, "mul": _mul, "relu": _relu, "relu6": _relu, "prelu": _prelu, "leaky_relu": _prelu,
+    "add": _add, "sub": _add, "mul": _mul, "relu": _relu, "relu6": _relu, "cast": _cast,
+    "prelu": _prelu, "leaky_relu": _prelu,
     "mean": _sum, "sum": _sum, "avg_pool": _avg_pool, "max_pool": _max_pool, "amax": _amax, "argmax": _argmax,
     "softmax": _softmax, "attention": _attention, "layer_norm": _norm, "rms_norm": _norm,
     "reshape": _move, "transpose": _move, "slice": _move, "concat": _move, "depth_to_space": _move, "expand": _move,
