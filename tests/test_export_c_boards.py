@@ -112,13 +112,13 @@ def test_an_unknown_board() -> None:
 
 
 #: Instructions of DS-CNN's calls on a Cortex-M4, gcc 12 -O2; 2 % more is a regression to explain.
-COUNTS = {"conv_0": 1_027_490, "conv_1": 672_177, "conv_2": 969_825, "avg_pool_9": 64_850, "linear_11": 2_711, "softmax_12": 566}
+COUNTS = {"conv_0": 764_131, "conv_1": 513_703, "conv_2": 854_412, "avg_pool_9": 64_915, "linear_11": 2_706, "softmax_12": 540}
 
 
 @needs_data
 @pytest.mark.proves("c.instructions")
 def test_instructions_on_m4(tmp_path: Path) -> None:
-    """Pointwise convolutions at most 1.9 instructions per multiplication; no call more than 2 % above the count on record."""
+    """Pointwise convolutions at most 1.7 instructions per multiplication; no call more than 2 % above the count on record."""
     playable("qemu-cortex-m4")
     q, _ = ds_cnn()
     graph = lower(q)
@@ -126,7 +126,7 @@ def test_instructions_on_m4(tmp_path: Path) -> None:
     (counts,) = qemu.count(source, hostc.inputs_of(source, feed(graph, 1)), tmp_path)
     found = dict(zip((step.output for step in source.layout.steps), counts))
     print(", ".join(f"{name} {n:,}" for name, n in found.items()), f"in all {sum(counts):,}")
-    assert found["conv_2"] <= 1.9 * 125 * 64 * 64
+    assert found["conv_2"] <= 1.7 * 125 * 64 * 64
     for name, most in COUNTS.items():
         assert found[name] <= 1.02 * most, name
 
@@ -147,15 +147,15 @@ def test_helium_on_m55(tmp_path: Path) -> None:
         print(word, ", ".join(f"{name} {n:.2f}" for name, n in per[word].items()), f"per product, in all {sum(counts):,}")
     one, other = per["Helium"], per["without"]
     assert one["conv_2"] <= 0.66
-    assert one["conv_2"] <= other["conv_2"] / 2.9
-    assert one["conv_1"] <= other["conv_1"] / 2.5
+    assert one["conv_2"] <= other["conv_2"] / 2.5
+    assert one["conv_1"] <= other["conv_1"] / 2
     assert one["linear_11"] <= other["linear_11"] / 3
 
 
 @needs_data
 @pytest.mark.proves("c.weights")
 @pytest.mark.parametrize(
-    "formats", [("int4",), pytest.param(("int8", "int4", "int2", "cb16/tensor", "cb16/channel"), marks=pytest.mark.soak)]
+    "formats", [("cb16/channel",), pytest.param(("int8", "int4", "int2", "cb16/tensor", "cb16/channel"), marks=pytest.mark.soak)]
 )
 def test_narrow_weights_on_m4(formats: tuple[str, ...], tmp_path: Path) -> None:
     """DS-CNN in other weight formats: every value equal, and a pointwise convolution's instructions beside int8's."""
@@ -175,8 +175,10 @@ def test_narrow_weights_on_m4(formats: tuple[str, ...], tmp_path: Path) -> None:
         flash, arena = int(size[6]) + int(size[7]), source.arena.nbytes
         print(f"{form}: {flash:,} bytes of flash, arena {arena:,}, conv_2 {counts[2]:,} of {sum(counts):,}")
         found[form] = counts[2]
-    assert found["int4"] <= 1.15 * COUNTS["conv_2"]
-    assert found.get("cb16/tensor", 0) <= 1.4 * COUNTS["conv_2"]
+        if form.startswith("cb16"):
+            assert arena <= 1.05 * source.arena.bound
+            assert counts[2] <= 1.4 * COUNTS["conv_2"]
+    assert found.get("int4", 0) <= 1.15 * COUNTS["conv_2"]
     assert found.get("int8", 0) <= 1.02 * COUNTS["conv_2"]
 
 

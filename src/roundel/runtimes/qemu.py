@@ -91,11 +91,19 @@ def run(q: QModel | None, graph: Graph, codes: Mapping[str, Ints], folder: Path,
     return values(source, graph, codes, play(elf, counted(source, sent), name)[0])
 
 
-def link(sources: Sequence[Source], folder: Path, name: str, options: Sequence[str] = ("-O2",), mode: str = "watch") -> Path:
+def link(
+    sources: Sequence[Source],
+    folder: Path,
+    name: str,
+    options: Sequence[str] = ("-O2",),
+    mode: str = "watch",
+    libraries: Sequence[str | Path] = (),
+) -> Path:
     """An ELF for the board that runs one network after the other on the file ``in`` and writes the file ``out``.
 
     Each network reads the number of its examples, four little-endian bytes, then them (`counted`). In mode "watch" the codes of
     every call are written; "run" writes the outputs alone; "mark" calls an empty function between calls.
+    ``libraries`` are files to link with.
     """
     board = _board(name)
     for file in ("semihosting.h", "semihosting.c", "link.ld", board.start):
@@ -105,16 +113,20 @@ def link(sources: Sequence[Source], folder: Path, name: str, options: Sequence[s
         (folder / f"{source.name}.c").write_text(source.code)
     (folder / "board.c").write_text(_main(sources, mode))
     plain = [board.compiler, *board.core, "-ffreestanding"]
+    defined = [option for option in options if option.startswith("-DROUNDEL")]  # headers read it
     objects = []
     for file in ("semihosting.c", board.start, "board.c"):
-        _compile([*plain, "-std=gnu99", "-O1", "-fno-builtin", "-fno-tree-loop-distribute-patterns", "-c", file], folder)
+        own = ["-std=gnu99", "-O1", "-fno-builtin", "-fno-tree-loop-distribute-patterns", *defined]
+        _compile([*plain, *own, "-c", file], folder)
         objects.append(file.replace(".c", ".o"))
     for source in sources:
         define = [f"-D{source.name.upper()}_WATCH=watch"] if mode != "run" else []
         _compile([*plain, *FLAGS, *options, *define, "-c", f"{source.name}.c"], folder)
         objects.append(f"{source.name}.o")
     memory = [f"-Wl,--defsym={key}={value:#x}" for key, value in _memory(board).items()]
-    _compile([*plain, "-nostdlib", *memory, "-Wl,-T,link.ld", *objects, "-lgcc", "-o", "board.elf"], folder, name)
+    _compile(
+        [*plain, "-nostdlib", *memory, "-Wl,-T,link.ld", *objects, *map(str, libraries), "-lgcc", "-o", "board.elf"], folder, name
+    )
     return folder / "board.elf"
 
 
@@ -202,7 +214,14 @@ def _main(sources: Sequence[Source], mode: str) -> str:
 # -- counting instructions --------------------------------------------------------------------------------------------
 
 
-def count(source: Source, sent: bytes, folder: Path, name: str = NAME, options: Sequence[str] = ("-O2",)) -> list[list[int]]:
+def count(
+    source: Source,
+    sent: bytes,
+    folder: Path,
+    name: str = NAME,
+    options: Sequence[str] = ("-O2",),
+    libraries: Sequence[str | Path] = (),
+) -> list[list[int]]:
     """Instructions of every call of a network on the board ``name``, for each example in ``sent``: exact, and not cycles.
 
     Raises `InputError` where the tools are missing, gcc of this machine among them, or the network does not fit.
@@ -210,7 +229,7 @@ def count(source: Source, sent: bytes, folder: Path, name: str = NAME, options: 
     missing = absent(name) or (None if shutil.which("gcc") else "gcc not found, which compiles QEMU's plugin")
     if missing is not None:
         raise InputError(f"{name} cannot run: {missing}")
-    elf = link([source], folder, name, options, "mark")
+    elf = link([source], folder, name, options, "mark", libraries)
     (folder / "icount.c").write_text((files(__package__) / "boards" / "icount.c").read_text())
     _compile(["gcc", "-shared", "-fPIC", "-O2", "icount.c", "-o", "icount.so"], folder)
     symbols = subprocess.run(

@@ -23,9 +23,6 @@ LOOPS = 4
 
 INT32 = 2**31 - 1
 
-#: Bytes of the table of pairs that shared levels become.
-PAIRS = 1024
-
 #: Taps that the depthwise kernel has pointers for.
 TAPS = 49
 
@@ -124,6 +121,10 @@ def product(made: Making, node: Node, weight: Ints) -> tuple[str, dict[str, Any]
         "shift": shift.astype(np.int8),
         **extra,
         "stride": packed.shape[1],
+        "depth": weight.shape[1],
+        "span": span(weight.shape[1]),
+        "columns": 2 if table is None or node.attrs.get("wide") else 4,
+        "to": to(node),
     }
 
 
@@ -144,9 +145,8 @@ def nibbles(rows: Ints) -> Ints:
 
 
 def tables(table: Ints) -> dict[str, Any]:
-    """Members for levels (1 or rows, 16); levels that all rows share become pairs in the scratch."""
-    shared = len(table) == 1
-    return {"levels": table.astype(np.int16), "level_step": 0 if shared else 16, "lead": PAIRS if shared else 0}
+    """Members for levels (1 or rows, 16)."""
+    return {"levels": table.astype(np.int16), "level_step": 16 if len(table) > 1 else 0}
 
 
 def planes(rows: Ints, dtype: str) -> tuple[str, Ints]:
@@ -174,9 +174,9 @@ def span(depth: int) -> int:
     return -(-depth // 16) * 16
 
 
-def column(depth: int) -> int:
-    """Bytes of scratch for two columns of 16 bits, as the DSP kernels want them."""
-    return 4 * span(depth)
+def beside(members: dict[str, Any]) -> int:
+    """Bytes of scratch for the columns of a product, of 16 bits as the DSP kernels want them."""
+    return 2 * int(members["columns"] * members["span"])
 
 
 def linear(made: Making, node: Node, step: Step) -> Kernel:
@@ -192,9 +192,9 @@ def rowwise(made: Making, node: Node, step: Step, weight: Ints, rows: int) -> Ke
     (x,), y = step.inputs, step.output
     outputs, depth = weight.shape
     fits = made.kind(x) == made.kind(y) and outputs <= depth
-    fields = {"product": {**members, "depth": depth, "span": span(depth), "to": to(node)}, "rows": rows, "outputs": outputs}
+    fields = {"product": members, "rows": rows, "outputs": outputs}
     kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node), "W": letters}
-    scratch = column(depth) + members.get("lead", 0)
+    scratch = beside(members)
     return Kernel("linear", kinds, (x, y), fields, x if fits else None, scratch, scratch)
 
 
@@ -222,14 +222,14 @@ def conv(made: Making, node: Node, step: Step) -> Kernel:
         return Kernel("depthwise", kinds, (x, y), {**members, "window": view, "zeros": zeros, "to": to(node)}, over, ring)
     rows = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)
     letters, members = product(made, node, rows)
-    before = column(rows.shape[1]) + members.get("lead", 0)
+    before = beside(members)
     fields = {
-        "product": {**members, "depth": rows.shape[1], "span": span(rows.shape[1]), "to": to(node)},
+        "product": members,
         "window": view,
         "groups": a["groups"],
         "outputs": outputs,
         "zeros": np.full(view["channels"] // a["groups"], a["x_zero"], made.dtype(x)),
-        "columns": before,
+        "before": before,
     }
     return Kernel("conv", kinds | {"W": letters}, (x, y), fields, over, shared=before + ring, apart=before)
 
@@ -243,8 +243,7 @@ def embedding(made: Making, node: Node, step: Step) -> Kernel:
         letters, packed = planes(weight, made.graph.values[node.inputs[1]].dtype)
         extra: dict[str, Any] = {}
     else:
-        letters, packed = "c4", nibbles(weight)
-        extra = {"levels": table.astype(np.int16), "level_step": 16 if len(table) > 1 else 0}
+        letters, packed, extra = "c4", nibbles(weight), tables(table)
     fields = {"weight": packed, "multiplier": multiplier.reshape(-1).astype(np.int32), "shift": shift.reshape(-1).astype(np.int8)}
     fields |= {"count": made.place(ids).count, "vocabulary": len(weight), "depth": weight.shape[1], "stride": packed.shape[1]}
     kinds = {"X": made.kind(ids), "Y": made.kind(y), "R": rule(node), "W": letters}
@@ -262,7 +261,7 @@ def conv_transpose(made: Making, node: Node, step: Step) -> Kernel:
     letters, members = product(made, node, rows)
     _, channels, *sizes = made.place(x).sizes
     _, _, *out = made.place(y).sizes
-    fields: dict[str, Any] = {"product": {**members, "depth": rows.shape[1], "span": span(rows.shape[1]), "to": to(node)}}
+    fields: dict[str, Any] = {"product": members}
     fields["zeros"] = np.full(channels // a["groups"], a["x_zero"], made.dtype(x))
     pairs = {"": sizes, "out_": out, "kernel_": kernel, "stride_": a["stride"], "dilation_": a["dilation"], "pad_": a["padding"]}
     for name, both in pairs.items():
@@ -272,7 +271,7 @@ def conv_transpose(made: Making, node: Node, step: Step) -> Kernel:
         fields |= {first: one, second: two}
     fields |= {"channels": channels, "groups": a["groups"], "outputs": outputs}
     kinds = {"X": made.kind(x), "Y": made.kind(y), "R": rule(node), "W": letters}
-    scratch = column(rows.shape[1]) + members.get("lead", 0)
+    scratch = beside(members)
     return Kernel("conv_transpose", kinds, (x, y), fields, None, scratch, scratch)
 
 

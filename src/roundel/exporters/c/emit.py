@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from importlib.resources import files
 from textwrap import indent
 from typing import Any
@@ -21,6 +22,7 @@ from ...graph import Graph
 from ...integer.ops import numbers
 from .arena import Arena, Call, plan
 from .calls import Kernel, Making, kernel
+from .cmsis import BUILDS, Calls, choose
 from .layout import Layout, Place, lay
 
 #: Letters of a type -> the type.
@@ -30,8 +32,8 @@ TYPES = {"s8": "int8_t", "u8": "uint8_t", "s16": "int16_t", "s32": "int32_t", "s
 WIDTHS = {"int8_t": 1, "uint8_t": 1, "int16_t": 2, "int32_t": 4}
 
 
-#: Conditions that never hold: DSP kernels sum in 32 bits, and Helium kernels take int8 (`dsp.c`).
-DEAD = re.compile(r"DSP_s64|HELIUM_(?!(s8|s8_s8_s32|R2_s8)\b)\w+")
+#: Conditions that never hold: DSP kernels sum in 32 bits, depthwise ones int8 by int8; Helium kernels take int8 (`dsp.c`).
+DEAD = re.compile(r"DSP_(?!(s32|s8_s8_s32)\b)\w+|HELIUM_(?!(s8|s8_s8_s32|R2_s8)\b)\w+")
 
 #: Names of files that are already there.
 TAKEN = {"main", "golden", "stdint", "stdio", "stdlib", "stddef", "runner", "board", "semihosting"}
@@ -55,7 +57,11 @@ class Port:
 
 @dataclass(frozen=True)
 class Source:
-    """The text of a network in C. ``watched`` are the values that calls make, in order, as the watching function numbers them."""
+    """The text of a network in C. ``watched`` are the values that calls make, in order, as the watching function numbers them.
+
+    ``cmsis`` says which calls are CMSIS-NN's where the text is compiled with -DROUNDEL_CMSIS_NN, None where none can be;
+    ``cmsis_arena`` is the arena then. All else is of the text compiled without.
+    """
 
     name: str
     code: str
@@ -66,6 +72,8 @@ class Source:
     outputs: tuple[Port, ...]
     watched: tuple[Port, ...]
     const_bytes: int
+    cmsis: Calls | None
+    cmsis_arena: Arena | None
 
 
 def emit(graph: Graph, name: str = "model") -> Source:
@@ -76,40 +84,82 @@ def emit(graph: Graph, name: str = "model") -> Source:
     layout = lay(graph)
     made = Making(graph, layout)
     kernels = _kernels(made)
-    arena = _plan(made, kernels)
-    ports = _Ports(graph, made, arena)
-    structs: list[str] = []
-    texts, calls, const_bytes = _Texts(), [], 0
-    known: dict[tuple[str, bytes], str] = {}
-    roots = dict.fromkeys(layout.places[operand].root for k in kernels for part in (k, *k.more) for operand in part.operands)
-    consts = {root: f"{name}_constant{i}" for i, root in enumerate(roots) if root in graph.constants}
-    for root, symbol in consts.items():
-        codes = numbers(graph, root).astype(made.dtype(root))
-        structs.append(array(symbol, codes))
-        const_bytes += codes.nbytes
-    for i, (step, first) in enumerate(zip(layout.steps, kernels)):
-        place = layout.places[step.output]
-        op = step.node.op if step.node else "copy"
-        calls.append(f"/* {i} {printable(step.output)}: {op}, {shown(place)} */")
-        for j, part in enumerate((first, *first.more)):
-            symbol = f"s{i}" + (f"_{j}" if j else "")
-            text, size = struct(symbol, part, known, inplace=i in arena.inplace)
-            structs.append(text)
-            const_bytes += size
-            calls.append(_call(symbol, part, texts.function(part), ports, consts, arena, i))
-        out = ports.port(step.output)
-        calls.append(f"WATCH({i}, arena.bytes + {out.offset}, {out.nbytes});")
+    own = _Version.of(name, made, kernels)
+    code, header, found, other = own.code, own.header, choose(made, layout.steps, kernels), None
+    if found.sent:
+        other = _Version.of(name, made, found.kernels, found)
+        code, header = either(other.code, own.code), either(other.header, own.header)
     return Source(
         name,
-        _code(name, texts, structs, calls, arena),
-        _header(name, ports.inputs, ports.outputs, arena),
-        arena,
+        "\n\n".join(code) + "\n",
+        "\n".join(header) + "\n",
+        own.ports.arena,
         layout,
-        ports.inputs,
-        ports.outputs,
-        tuple(ports.port(step.output) for step in layout.steps),
-        const_bytes,
+        own.ports.inputs,
+        own.ports.outputs,
+        tuple(own.ports.port(step.output) for step in layout.steps),
+        own.const_bytes,
+        found if found.sent else None,
+        other.ports.arena if other else None,
     )
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The pieces of a text for one choice of kernels: of the .c, and the lines of the .h."""
+
+    code: list[str]
+    header: list[str]
+    ports: _Ports
+    const_bytes: int
+
+    @classmethod
+    def of(cls, name: str, made: Making, kernels: Sequence[Kernel], cmsis: Calls | None = None) -> _Version:
+        graph, layout = made.graph, made.layout
+        arena = _plan(made, kernels)
+        ports = _Ports(graph, made, arena)
+        structs: list[str] = []
+        texts, calls, const_bytes = _Texts(), [], 0
+        known: dict[tuple[str, bytes], str] = {}
+        roots = dict.fromkeys(layout.places[operand].root for k in kernels for part in (k, *k.more) for operand in part.operands)
+        consts = {root: f"{name}_constant{i}" for i, root in enumerate(roots) if root in graph.constants}
+        if cmsis:
+            texts.include("cmsis_probe", {"R": cmsis.rounding})
+            calls.append(f"cmsis_probe({BUILDS[cmsis.rounding][1]});")
+        for root, symbol in consts.items():
+            codes = numbers(graph, root).astype(made.dtype(root))
+            structs.append(array(symbol, codes))
+            const_bytes += codes.nbytes
+        for i, (step, first) in enumerate(zip(layout.steps, kernels)):
+            place = layout.places[step.output]
+            op = step.node.op if step.node else "copy"
+            calls.append(f"/* {i} {printable(step.output)}: {op}, {shown(place)} */")
+            for j, part in enumerate((first, *first.more)):
+                symbol = f"s{i}" + (f"_{j}" if j else "")
+                text, size = struct(symbol, part, known, inplace=i in arena.inplace)
+                structs += text
+                const_bytes += size
+                calls.append(_call(symbol, part, texts.function(part), ports, consts, arena, i))
+            out = ports.port(step.output)
+            calls.append(f"WATCH({i}, arena.bytes + {out.offset}, {out.nbytes});")
+        code = _code(name, texts, structs, calls, arena)
+        return cls(code, _header(name, ports.inputs, ports.outputs, arena, cmsis is not None), ports, const_bytes)
+
+
+def either(cmsis: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Pieces of two texts as those of one, which is the first where ROUNDEL_CMSIS_NN is defined and the second elsewhere.
+
+    >>> either(["a", "b", "d"], ["a", "c", "d", "e"])
+    ['a', '#if defined(ROUNDEL_CMSIS_NN)', 'b', '#else', 'c', '#endif', 'd', '#if !defined(ROUNDEL_CMSIS_NN)', 'e', '#endif']
+    """
+    pieces: list[str] = []
+    for kind, i, j, m, n in SequenceMatcher(None, cmsis, own, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces += cmsis[i:j]
+            continue
+        pieces.append(f"#if {'' if i < j else '!'}defined(ROUNDEL_CMSIS_NN)")
+        pieces += [*cmsis[i:j], *(["#else"] if i < j and m < n else []), *own[m:n], "#endif"]
+    return pieces
 
 
 def _kernels(made: Making) -> list[Kernel]:
@@ -268,13 +318,13 @@ def array(name: str, numbers: NDArray[Any], ctype: str | None = None, aligned: b
     )
 
 
-def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: bool) -> tuple[str, int]:
-    """Text of a kernel's struct and of the arrays it points to; their bytes, the struct as on a 32-bit machine.
+def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: bool) -> tuple[list[str], int]:
+    """Texts of the arrays that a kernel's struct points to and of the struct; their bytes, the struct as on a 32-bit machine.
 
     An array equal to one in ``known``, (type, numbers) -> name, is that one; new ones are entered.
     """
     if k.scalars is not None:
-        return "", 0
+        return [], 0
     arrays: list[str] = []
     size = 0
 
@@ -297,8 +347,10 @@ def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: b
         number = item if key != "kept" or inplace else 0
         return str(number) if abs(number) < 2**31 else f"INT64_C({number})"
 
-    text = f"static const struct {k.file} {name} = {value('', k.fields)};"
-    return "\n".join([*arrays, "\n".join(_wrap(text))]), size
+    named = re.search(rf"static void {k.file}\w*\(const struct (\w+) \*", _text(k.file))
+    assert named is not None, k.file
+    text = f"static const struct {named[1]} {name} = {value('', k.fields)};"
+    return [*arrays, "\n".join(_wrap(text))], size
 
 
 def _wrap(text: str) -> Iterator[str]:
@@ -355,9 +407,9 @@ def _call(symbol: str, k: Kernel, function: str, ports: _Ports, consts: Mapping[
 SCRATCHED = ("linear", "conv", "depthwise", "sum_pool", "avg_pool", "max_pool")
 
 
-def _code(name: str, texts: _Texts, structs: Sequence[str], calls: Sequence[str], arena: Arena) -> str:
+def _code(name: str, texts: _Texts, structs: Sequence[str], calls: Sequence[str], arena: Arena) -> list[str]:
     watch = f"{name.upper()}_WATCH"
-    parts = [
+    return [
         f"/* Integer-only network in C99, written by Roundel. Arena {arena.nbytes} bytes, lower bound {arena.bound}.\n"
         " * Needs two's complement and an arithmetic right shift of negative numbers, as every compiler in use has. */",
         f'#include "{name}.h"',
@@ -366,14 +418,13 @@ def _code(name: str, texts: _Texts, structs: Sequence[str], calls: Sequence[str]
         f"static union {{\n    int64_t align;\n    unsigned char bytes[{max(arena.nbytes, 1)}];\n}} arena;",
         "#if defined(__GNUC__)\n#define WORD_ALIGNED __attribute__((aligned(4)))\n#else\n#define WORD_ALIGNED\n#endif",
         *texts.parts,
-        *(text for text in structs if text),
+        *structs,
         f"void *{name}_arena(void)\n{{\n    return arena.bytes;\n}}",
-        f"void {name}_run(void)\n{{\n" + indent("\n".join(calls), "    ") + "\n}\n",
+        f"void {name}_run(void)\n{{\n" + indent("\n".join(calls), "    ") + "\n}",
     ]
-    return "\n\n".join(parts)
 
 
-def _header(name: str, inputs: Sequence[Port], outputs: Sequence[Port], arena: Arena) -> str:
+def _header(name: str, inputs: Sequence[Port], outputs: Sequence[Port], arena: Arena, cmsis: bool) -> list[str]:
     guard = f"{name.upper()}_H"
     lines = [
         f"#ifndef {guard}",
@@ -381,9 +432,10 @@ def _header(name: str, inputs: Sequence[Port], outputs: Sequence[Port], arena: A
         "",
         "#include <stdint.h>",
         "",
-        "/* Fill the inputs, run, read the outputs: codes, each standing for scale * (code - zero). Running uses up the inputs.",
+        "/* Fill the inputs, run, read the outputs: codes, each standing for scale * (code - zero). Running uses up the inputs.\n"
         f" * Everything lies in one static arena of {arena.nbytes} bytes; nothing is allocated. Not reentrant. */",
         f"#define {name.upper()}_ARENA_BYTES {arena.nbytes}",
+        *([f"#define {name}_run {name}_run_cmsis_nn /* so that no file is compiled without */"] if cmsis else []),
         "",
     ]
     for word, ports in (("INPUT", inputs), ("OUTPUT", outputs)):
@@ -409,6 +461,5 @@ def _header(name: str, inputs: Sequence[Port], outputs: Sequence[Port], arena: A
         "#endif",
         "",
         f"#endif /* {guard} */",
-        "",
     ]
-    return "\n".join(lines)
+    return lines

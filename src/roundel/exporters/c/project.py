@@ -25,6 +25,7 @@ from ...graph import Graph
 from ...integer import simulate
 from ...integer.dialect import Ints
 from ...qmodel import Note, QModel
+from .cmsis import BUILDS, Calls
 from .emit import Source, array, emit, printable
 from .memory import to_memory
 
@@ -69,9 +70,19 @@ def write(
     arena = source.arena
     ratio = arena.nbytes / max(arena.bound, 1)
     told = [Note("arena", f"{arena.nbytes:,} bytes, {ratio:.3f} of the lower bound {arena.bound:,}")]
+    if source.cmsis and source.cmsis_arena:
+        told.append(Note("cmsis-nn", _offered(source.cmsis, source.cmsis_arena.nbytes)))
     if not checked:
         told.append(Note("self-test", "no C compiler here: the C was written and not run"))
     return Written(folder, tuple(texts), arena.nbytes, arena.bound, source.const_bytes, checked, tuple(told))
+
+
+def _offered(cmsis: Calls, arena: int) -> str:
+    """Which calls go to CMSIS-NN where the user asks for it, and why others do not."""
+    build = "with" if BUILDS[cmsis.rounding][0] else "without"
+    text = f"with -DROUNDEL_CMSIS_NN {len(cmsis.sent)} of {len(cmsis.sent) + len(cmsis.kept)} weighted layers call a CMSIS-NN "
+    text += f"compiled {build} CMSIS_NN_USE_SINGLE_ROUNDING, in an arena of {arena:,} bytes"
+    return text + "".join(f"; {name} does not: {why}" for name, why in cmsis.kept.items())
 
 
 def _put(folder: Path, texts: Mapping[str, str]) -> None:
@@ -282,6 +293,12 @@ project(@name@ C)
 add_library(@name@ STATIC @name@.c)
 target_include_directories(@name@ PUBLIC ${CMAKE_CURRENT_SOURCE_DIR})
 set_target_properties(@name@ PROPERTIES C_STANDARD 99)
+
+option(@upper@_CMSIS_NN "Call CMSIS-NN, the target cmsis-nn, where it computes the same codes" OFF)
+if(@upper@_CMSIS_NN)
+  target_compile_definitions(@name@ PUBLIC ROUNDEL_CMSIS_NN)
+  target_link_libraries(@name@ PUBLIC cmsis-nn)
+endif()
 
 add_executable(@name@_self_test EXCLUDE_FROM_ALL main.c @name@.c)
 target_compile_definitions(@name@_self_test PRIVATE @upper@_WATCH=@name@_watch)

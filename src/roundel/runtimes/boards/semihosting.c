@@ -34,10 +34,22 @@ void leave(int status)
     }
 }
 
+#if defined(__ARM_FEATURE_UNALIGNED)
+typedef uint32_t __attribute__((may_alias, aligned(1))) word_t;
+#define WORDS(bytes) ((bytes) & ~(size_t)3) /* such a core reads words at any address, and so do C libraries for it */
+#else
+typedef char word_t;
+#define WORDS(bytes) 0
+#endif
+
 void *memcpy(void *to, const void *from, size_t bytes)
 {
     char *d = to;
-    for (const char *s = from; bytes--;) {
+    const char *s = from;
+    for (const char *whole = s + WORDS(bytes); s < whole; d += 4, s += 4) {
+        *(word_t *)d = *(const word_t *)s;
+    }
+    for (const char *end = (const char *)from + bytes; s < end;) {
         *d++ = *s++;
     }
     return to;
@@ -45,7 +57,11 @@ void *memcpy(void *to, const void *from, size_t bytes)
 
 void *memset(void *to, int value, size_t bytes)
 {
-    for (char *d = to; bytes--;) {
+    char *d = to;
+    for (char *whole = d + WORDS(bytes); d < whole; d += 4) {
+        *(word_t *)d = (word_t)((unsigned char)value * 0x01010101u);
+    }
+    for (char *end = (char *)to + bytes; d < end;) {
         *d++ = (char)value;
     }
     return to;

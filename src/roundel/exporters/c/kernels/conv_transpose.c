@@ -19,7 +19,7 @@ static void reach_X_S(const struct conv_transpose *a, const X *x, int32_t row, i
             const int32_t meets = y >= 0 && y % a->stride_h == 0 && y / a->stride_h < a->height && z >= 0 && z % a->stride_w == 0
                 && z / a->stride_w < a->width;
             const int32_t at = (y / a->stride_h * a->width + z / a->stride_w) * a->channels + group * channels;
-            put_X_S(column, k, meets ? x + at : a->zeros, channels);
+            put_X_S(&a->product, column, k, meets ? x + at : a->zeros, channels);
         }
     }
 }
@@ -27,16 +27,12 @@ static void reach_X_S(const struct conv_transpose *a, const X *x, int32_t row, i
 static void conv_transpose_X_Y_R_W(const struct conv_transpose *a, const X *x, Y *y, void *scratch)
 {
     const int32_t outputs = a->outputs / a->groups;
-    void *columns = (char *)scratch + a->product.lead;
-#if DSP_S
-    begin_W(&a->product, scratch);
-#endif
     for (int32_t row = 0; row < a->out_height; row++) {
         for (int32_t place = 0; place < a->out_width; place++, y += a->outputs) {
             for (int32_t group = 0; group < a->groups; group++) {
                 const int32_t first = group * outputs;
-                reach_X_S(a, x, row, place, group, column_at_X_S(&a->product, columns, 0));
-                product_X_Y_R_W(&a->product, first, first + outputs, columns, 1, y + first, a->outputs);
+                reach_X_S(a, x, row, place, group, column_at_X_S(&a->product, scratch, 0));
+                product_X_Y_R_W(&a->product, first, first + outputs, scratch, 1, y + first, a->outputs);
             }
         }
     }

@@ -29,10 +29,28 @@ static void taps_X(const struct window *v, const X *x, const X *ring, const X *z
     }
 }
 
+#if DSP_X_V_S
+/* Sums of 4 channels from c on. */
+static APART void four_X_V(const X **tap, int32_t c, int32_t taps, const V *weight, int32_t step, const int32_t *bias, int32_t out[4])
+{
+    int32_t s0 = bias[0], s1 = bias[1], s2 = bias[2], s3 = bias[3];
+    for (const X **end = tap + taps; tap < end; tap++, weight += step) {
+        const uint32_t x = word(*tap + c), w = word(weight);
+        const uint32_t x_even = even_bytes(x), x_odd = odd_bytes(x), w_even = even_bytes(w), w_odd = odd_bytes(w);
+        s0 += (int16_t)x_even * (int16_t)w_even;
+        s1 += (int16_t)x_odd * (int16_t)w_odd;
+        s2 += ((int32_t)x_even >> 16) * ((int32_t)w_even >> 16);
+        s3 += ((int32_t)x_odd >> 16) * ((int32_t)w_odd >> 16);
+    }
+    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+}
+#endif
+
 static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void *scratch)
 {
     const struct window *v = &a->window;
     const int32_t channels = v->channels, taps = v->kernel_h * v->kernel_w;
+    const struct codes to = a->to;
     X *ring = scratch;
     const X *tap[49];
     for (int32_t row = 0; row < v->out_height; row++) {
@@ -52,8 +70,21 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                 }
                 vst2q_s32(sum, both);
                 for (int32_t i = 0; i < 8; i += 4) {
-                    results_Y_R(sum + i, (const S *)a->bias + c + i, 4, a->multiplier + c + i, a->shift + c + i, &a->to, y + c + i);
+                    results_Y_R(sum + i, (const S *)a->bias + c + i, 4, a->multiplier + c + i, a->shift + c + i, &to, y + c + i);
                 }
+            }
+#endif
+#if DSP_X_V_S
+            const V *weight = a->weight;
+            const int32_t *bias = a->bias, *multiplier = a->multiplier;
+            const int8_t *shift = a->shift;
+            for (; done + 4 <= channels; done += 4, weight += 4, bias += 4, multiplier += 4, shift += 4) {
+                int32_t sum[4];
+                four_X_V(tap, done, taps, weight, channels, bias, sum);
+                y[done] = (Y)requantize_R(sum[0], multiplier[0], shift[0], &to);
+                y[done + 1] = (Y)requantize_R(sum[1], multiplier[1], shift[1], &to);
+                y[done + 2] = (Y)requantize_R(sum[2], multiplier[2], shift[2], &to);
+                y[done + 3] = (Y)requantize_R(sum[3], multiplier[3], shift[3], &to);
             }
 #endif
             for (int32_t c = done; c + 4 <= channels; c += 4) {
@@ -68,7 +99,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                     sum[3] += codes[3] * weight[3];
                 }
                 for (int32_t i = 0; i < 4; i++) {
-                    y[c + i] = (Y)requantize_R(sum[i], a->multiplier[c + i], a->shift[c + i], &a->to);
+                    y[c + i] = (Y)requantize_R(sum[i], a->multiplier[c + i], a->shift[c + i], &to);
                 }
             }
             for (int32_t c = channels & ~3; c < channels; c++) {
@@ -76,7 +107,7 @@ static void depthwise_X_V_Y_R(const struct depthwise *a, const X *x, Y *y, void 
                 for (int32_t t = 0; t < taps; t++) {
                     sum += tap[t][c] * ((const V *)a->weight)[t * channels + c];
                 }
-                y[c] = (Y)requantize_R(sum, a->multiplier[c], a->shift[c], &a->to);
+                y[c] = (Y)requantize_R(sum, a->multiplier[c], a->shift[c], &to);
             }
         }
     }

@@ -1,35 +1,21 @@
 /* Weights are indices into 16 levels, each row's level_step after the one before. A byte holds two: of 4 weights, 0 and 2, then 1 and
- * 3. Where all rows share their levels, the scratch begins with both levels of every byte, as two 16-bit numbers. */
+ * 3. Four columns share what it costs to look them up. */
 #if DSP_S
-static void begin_c4(const struct product *a, void *scratch)
-{
-    word_t *pairs = scratch;
-    for (int32_t byte = 0; byte < 256 && !a->level_step; byte++) {
-        pairs[byte] = (uint32_t)(uint16_t)a->levels[byte & 15] | (uint32_t)(uint16_t)a->levels[byte >> 4] << 16;
-    }
-}
+#define ROWS_c4 1
+#define COLUMNS_c4 4
 
-static inline uint32_t pair_c4(const int16_t *levels, uint32_t byte)
+/* Row o of weights by four columns. */
+static APART void tiles_c4(const struct product *a, int32_t o, int32_t next, const words_t *codes, int32_t out[4])
 {
-    return (uint32_t)(uint16_t)levels[byte & 15] | (uint32_t)(uint16_t)levels[byte >> 4] << 16;
-}
-
-/* Rows o and o + 1 of weights, next bytes apart, by two columns. */
-static inline void tiles_c4(const struct product *a, int32_t o, const int8_t *weight, int32_t next, const void *columns, int32_t sum[4])
-{
-    const uint8_t *row = (const uint8_t *)weight, *end = row + a->stride;
-    const word_t *pairs = (const word_t *)columns - 256;
-    const int16_t *levels = a->levels + o * a->level_step, *others = next ? levels + a->level_step : levels;
-    const words_t *codes = columns;
-    if (!a->level_step) {
-        for (; row < end; row += 2) {
-            codes = tile_pairs(pairs[row[0]], pairs[row[1]], pairs[row[next]], pairs[row[next + 1]], codes, sum);
-        }
+    int32_t sum[4] = {0, 0, 0, 0}; /* in registers */
+    const int8_t *weight = a->weight + o * a->stride, *end = weight + a->stride;
+    const uint16_t *levels = (const uint16_t *)a->levels + o * a->level_step;
+    (void)next;
+    for (; weight < end; weight += 2) {
+        const uint32_t w = (uint8_t)weight[0], v = (uint8_t)weight[1];
+        codes = tile_pairs(levels[w & 15] | (uint32_t)levels[w >> 4] << 16, levels[v & 15] | (uint32_t)levels[v >> 4] << 16, codes, sum);
     }
-    for (; row < end; row += 2) {
-        const uint32_t one = pair_c4(levels, row[0]), odd = pair_c4(levels, row[1]);
-        codes = tile_pairs(one, odd, pair_c4(others, row[next]), pair_c4(others, row[next + 1]), codes, sum);
-    }
+    out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
 }
 
 static inline int32_t scaled_c4(int32_t sum)

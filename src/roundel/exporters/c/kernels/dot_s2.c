@@ -1,26 +1,24 @@
 /* 4 bytes hold 16 weights of int2, the lowest two bits of each the first 4. */
 #if DSP_S
-/* Two rows of weights, next bytes apart, by two columns; the
+#define ROWS_s2 2
+#define COLUMNS_s2 2
+
+/* Rows o and o + next of weights by two columns; the
  * sums are 64 times too large, since weights stay in the upper bits. */
-static inline void tiles_s2(const struct product *a, int32_t o, const int8_t *weight, int32_t next, const void *columns, int32_t sum[4])
+static APART void tiles_s2(const struct product *a, int32_t o, int32_t next, const words_t *codes, int32_t out[4])
 {
-    const word_t *row = (const word_t *)(const void *)weight, *end = row + a->stride / 4;
-    const words_t *codes = columns;
+    int32_t sum[4] = {0, 0, 0, 0}; /* in registers */
+    const int8_t *weight = a->weight + o * a->stride, *end = weight + a->stride;
     const uint32_t upper = 0xC0C0C0C0u;
-    (void)o;
-    next /= 4;
-    for (; row < end; row++) {
-        const uint32_t w = row[0], v = row[next];
+    next *= a->stride;
+    for (; weight < end; weight += 4) {
+        const uint32_t w = word(weight), v = word(weight + next);
         codes = tile((w << 6) & upper, (v << 6) & upper, codes, sum);
         codes = tile((w << 4) & upper, (v << 4) & upper, codes, sum);
         codes = tile((w << 2) & upper, (v << 2) & upper, codes, sum);
         codes = tile(w & upper, v & upper, codes, sum);
     }
-}
-
-static inline void begin_s2(const struct product *a, void *scratch)
-{
-    (void)a, (void)scratch;
+    out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
 }
 
 static inline int32_t scaled_s2(int32_t sum)

@@ -1,26 +1,23 @@
 #if DSP_S
-/* Two rows of weights, next bytes apart, by two columns. */
-static inline void tiles_s8(const struct product *a, int32_t o, const int8_t *weight, int32_t next, const void *columns, int32_t sum[4])
-{
-    const word_t *row = (const word_t *)(const void *)weight, *end = row + a->stride / 4;
-    const words_t *codes = columns;
-    (void)o;
-    next /= 4;
-    if (a->stride & 4) {
-        codes = tile(row[0], row[next], codes, sum);
-        row++;
-    }
-    while (row < end) {
-        codes = tile(row[0], row[next], codes, sum);
-        row++;
-        codes = tile(row[0], row[next], codes, sum);
-        row++;
-    }
-}
+#define ROWS_s8 2
+#define COLUMNS_s8 2
 
-static inline void begin_s8(const struct product *a, void *scratch)
+/* Rows o and o + next of weights by two columns. */
+static APART void tiles_s8(const struct product *a, int32_t o, int32_t next, const words_t *codes, int32_t out[4])
 {
-    (void)a, (void)scratch;
+    int32_t sum[4] = {0, 0, 0, 0}; /* in registers */
+    const int8_t *weight = a->weight + o * a->stride, *end = weight + a->stride, *whole = weight + (a->stride & ~15);
+    next *= a->stride;
+    for (; weight < whole; weight += 16) {
+        codes = tile(word(weight), word(weight + next), codes, sum);
+        codes = tile(word(weight + 4), word(weight + 4 + next), codes, sum);
+        codes = tile(word(weight + 8), word(weight + 8 + next), codes, sum);
+        codes = tile(word(weight + 12), word(weight + 12 + next), codes, sum);
+    }
+    for (; weight < end; weight += 4) {
+        codes = tile(word(weight), word(weight + next), codes, sum);
+    }
+    out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
 }
 
 static inline int32_t scaled_s8(int32_t sum)

@@ -8,16 +8,12 @@ struct linear {
 
 static void linear_X_Y_R_W(const struct linear *a, const X *x, Y *y, void *scratch)
 {
-    const int32_t depth = a->product.depth;
-    void *columns = (char *)scratch + a->product.lead;
-#if DSP_S
-    begin_W(&a->product, scratch);
-#endif
-    for (int32_t row = 0; row < a->rows; row += 2, y += 2 * a->outputs) {
-        const int32_t count = row + 1 < a->rows ? 2 : 1;
+    const int32_t depth = a->product.depth, columns = a->product.columns;
+    for (int32_t row = 0; row < a->rows; row += columns, y += columns * a->outputs) {
+        const int32_t count = a->rows - row < columns ? a->rows - row : columns;
         for (int32_t i = 0; i < count; i++, x += depth) {
-            put_X_S(column_at_X_S(&a->product, columns, i), 0, x, depth);
+            put_X_S(&a->product, column_at_X_S(&a->product, scratch, i), 0, x, depth);
         }
-        product_X_Y_R_W(&a->product, 0, a->outputs, columns, count, y, a->outputs);
+        product_X_Y_R_W(&a->product, 0, a->outputs, scratch, count, y, a->outputs);
     }
 }

@@ -1,29 +1,24 @@
 #include "column.c"
 #include "dot_W.c"
 
-/* Outputs first .. last - 1 for one or two columns; the results of the second lie step further. */
+/* Outputs first .. last - 1 for count columns; the results of a column lie step after those of the one before. */
 #if DSP_S
 static void product_X_Y_R_W(const struct product *a, int32_t first, int32_t last, const void *columns, int32_t count, Y *y, int32_t step)
 {
     const int32_t *bias = (const int32_t *)a->bias + first, *multiplier = a->multiplier + first;
-    const int8_t *shift = a->shift + first, *weight = a->weight + first * a->stride;
-    const int32_t stride = a->stride;
+    const int8_t *shift = a->shift + first;
+    const int32_t at[4] = {0, count > 1 ? step : 0, count > 2 ? 2 * step : 0, count > 3 ? 3 * step : 0};
     const struct codes to = a->to;
-    for (int32_t o = first; o < last; o += 2, weight += 2 * stride, bias += 2, multiplier += 2, shift += 2, y += 2) {
-        const int32_t next = o + 1 < last ? stride : 0;
-        int32_t sum[4] = {0, 0, 0, 0};
-        tiles_W(a, o, weight, next, columns, sum);
-        y[0] = (Y)requantize_R(bias[0] + scaled_W(sum[0]), multiplier[0], shift[0], &to);
-        if (count > 1) {
-            y[step] = (Y)requantize_R(bias[0] + scaled_W(sum[1]), multiplier[0], shift[0], &to);
-        }
-        if (!next) {
-            break;
-        }
-        y[1] = (Y)requantize_R(bias[1] + scaled_W(sum[2]), multiplier[1], shift[1], &to);
-        if (count > 1) {
-            y[step + 1] = (Y)requantize_R(bias[1] + scaled_W(sum[3]), multiplier[1], shift[1], &to);
-        }
+    for (int32_t left = last - first; left > 0; left -= ROWS_W) {
+        const int32_t next = left > 1 ? ROWS_W - 1 : 0; /* where there is no second row or column, the first is written over it */
+        int32_t sum[4], start = bias[next], factor = multiplier[next], by = shift[next];
+        tiles_W(a, last - left, next, columns, sum);
+        y[next + at[3 % COLUMNS_W]] = (Y)requantize_R(start + scaled_W(sum[3]), factor, by, &to);
+        y[next + at[2 % COLUMNS_W]] = (Y)requantize_R(start + scaled_W(sum[2]), factor, by, &to);
+        start = *bias, factor = *multiplier, by = *shift;
+        y[at[1]] = (Y)requantize_R(start + scaled_W(sum[1]), factor, by, &to);
+        y[0] = (Y)requantize_R(start + scaled_W(sum[0]), factor, by, &to);
+        bias += ROWS_W, multiplier += ROWS_W, shift += ROWS_W, y += ROWS_W;
     }
 }
 #elif HELIUM_X_W_S

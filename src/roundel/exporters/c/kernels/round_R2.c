@@ -17,5 +17,5 @@ static inline int32_t rescale_R2(int32_t sum, int32_t multiplier, int32_t shift)
     if (shift > -2) {
         return rescale_far_R2(product, shift);
     }
-    return ((int32_t)(product >> 32) + ((int32_t)1 << (-2 - shift))) >> (-1 - shift);
+    return (((int32_t)(product >> 32) >> (-2 - shift)) + 1) >> 1;
 }
