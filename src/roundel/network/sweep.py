@@ -56,10 +56,12 @@ def channel_sums(op: str, out: Tensor) -> tuple[Tensor, int]:
     return sums, out.numel() // max(1, out.shape[axis])
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """Sum of x^T x over rows of (groups, n, columns), float64, in fixed units of rows so that threads change nothing."""
+def second_moment(x: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Sum of x^T x over rows of (groups, n, columns), float64, in fixed units of rows so that threads change nothing.
+    ``importance`` (groups, n) is what each row counts."""
     total = torch.zeros(x.shape[0], x.shape[2], x.shape[2], dtype=torch.float64)
-    for part in x.split(4096, 1):
-        part = part.double()
-        total += part.mT @ part
+    for start in range(0, x.shape[1], 4096):
+        part = x[:, start : start + 4096].double()
+        heavy = part if importance is None else part * importance[:, start : start + 4096, None].double()
+        total += part.mT @ heavy
     return total

@@ -1,27 +1,32 @@
 """GPTQ: columns rounded one step at a time, each error carried into the columns that are still free; any format, no network.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". Parameters are fixed
-before the first column ("static groups"), so columns may go in any order: the heaviest inputs first ("act-order").
+before the first column ("static groups"), so columns may go in any order: the heaviest inputs first ("act-order"), or
+group by group.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..formats.codec import Stored
 from ..formats.format import Format
 from ..formats.qtensor import QTensor, packed, to_matrix
+from .quadratic import check, damped, importance
 from .rtn import rtn
-
-#: Shares of the Hessian's mean diagonal that are added to it, in turn, until it is positive definite.
-DAMPING = (0.01, 0.1, 1.0, 10.0)
 
 #: Columns whose errors are gathered before the rest of the matrix is touched.
 BLOCK = 128
 
+#: heavy: by falling diagonal; group: groups that share a scale by their largest diagonal, so inside each too; none: as they come.
+Order = Literal["heavy", "group", "none"]
 
-def gptq(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, table: Tensor | None = None) -> QTensor:
+
+def gptq(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, table: Tensor | None = None,
+         order: Order = "heavy") -> QTensor:  # fmt: skip
     """Quantize ``weight`` so that sum d^T H d over its rows is small, d being the error of a row.
 
     ``hessian`` (groups, columns, columns) is the second moment of the inputs, one for each equal run of rows (a convolution's
@@ -33,66 +38,68 @@ def gptq(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, table: 
     torch.Size([4, 8])
     """
     w = to_matrix(weight.detach(), axis).float()
-    rows, cols = w.shape
     if not w.numel():
         return rtn(weight, format, axis=axis, table=table)
-    if hessian.ndim != 3 or hessian.shape[1:] != (cols, cols) or not len(hessian) or rows % len(hessian):
-        raise FormatError(f"a weight of {rows} rows and {cols} columns cannot use a Hessian of shape {list(hessian.shape)}")
-    groups = len(hessian)
-    diagonal = hessian.diagonal(dim1=1, dim2=2).double()
-    params = format.store(format.fit(w, _importance(diagonal, rows), table))
-    order = _order(diagonal, format.step)
-    u = _factor(hessian[:, order][:, :, order])
-    work = w.double()[:, order]
+    check(w, hessian)
+    params = format.store(format.fit(w, importance(hessian, len(w)), table))
+    codes = carried(w, format, params, hessian, damped(hessian)[0], order)
+    return packed(format, codes, params, tuple(weight.shape), axis)
+
+
+def carried(w: Tensor, format: Format, params: Stored, hessian: Tensor, firm: Tensor, order: Order = "heavy") -> Tensor:
+    """The codes of ``w`` (rows, columns) under fixed parameters; ``firm`` is ``hessian`` damped, whose diagonal gives the order."""
+    rows, cols = w.shape
+    groups = len(firm)
+    turn = _turn(hessian.diagonal(dim1=1, dim2=2).double(), format, order)
+    u = _factor(firm[:, turn[:, None], turn])
+    del firm
+    work = w.double()[:, turn]
     codes: dict[int, Tensor] = {}
     width = BLOCK // format.step * format.step or format.step
     for start in range(0, cols, width):
         stop = min(start + width, cols)
         errors = torch.zeros(groups, rows // groups, stop - start, dtype=torch.float64)
         for at in torch.arange(start, stop).split(format.step):
-            original = order[at]
+            original = turn[at]
             code = format.encode(work[:, at].float(), params, original)
             codes[int(original[0])] = code
-            lost = (work[:, at] - format.decode(code, params, original).double()).view(groups, -1, len(at))
-            error = torch.linalg.solve_triangular(u[:, at][..., at], lost, upper=True, left=False)
+            gone = (work[:, at] - format.decode(code, params, original).double()).view(groups, -1, len(at))
+            own = u[:, at][..., at]
+            error = gone / own if len(at) == 1 else torch.linalg.solve_triangular(own, gone, upper=True, left=False)
             errors[..., at - start] = error
             rest = torch.arange(int(at[-1]) + 1, stop)
             work[:, rest] -= (error @ u[:, at][..., rest]).reshape(rows, -1)
         work[:, stop:] -= (errors @ u[:, start:stop, stop:]).reshape(rows, -1)
-    ordered = torch.cat([codes[first] for first in sorted(codes)], 1)
-    return packed(format, ordered, params, tuple(weight.shape), axis)
+    return torch.cat([codes[first] for first in sorted(codes)], 1)
 
 
-def _importance(diagonal: Tensor, rows: int) -> Tensor | None:
-    """What each number's squared error counts when the scales are fitted: the damped diagonal, in a unit that float32 holds."""
-    damped = diagonal + DAMPING[0] * diagonal.mean()  # what no input has touched yet may be touched later
-    peak = damped.amax()
-    if not peak > 0:
-        return None
-    return (damped / torch.exp2(torch.frexp(peak).exponent.double())).float().repeat_interleave(rows // len(diagonal), 0)
-
-
-def _order(diagonal: Tensor, step: int) -> Tensor:
-    """Columns by falling mean of their step's diagonal; a short last step stays last, so that steps stay whole."""
-    cols = diagonal.shape[1]
+def _turn(diagonal: Tensor, format: Format, order: Order) -> Tensor:
+    """Columns in the order in which they are rounded; a short last step stays last, so that steps stay whole."""
+    cols, step = diagonal.shape[1], format.step
     whole = torch.arange(cols // step * step).view(-1, step)
-    heavy = diagonal.mean(0)[whole].mean(1).argsort(descending=True, stable=True)
-    return torch.cat([whole[heavy].flatten(), torch.arange(whole.numel(), cols)])
+    weight = diagonal.mean(0)[whole].mean(1)
+    if order == "none":
+        weight = -torch.arange(len(whole), dtype=weight.dtype)
+    elif order == "group":
+        width = format.share.block((1, cols))[1]
+        group = whole[:, 0] // width
+        peak = torch.full((int(group.amax()) + 1 if len(group) else 0,), -torch.inf, dtype=weight.dtype)
+        peak = peak.scatter_reduce(0, group, weight, "amax")
+        inside = weight.argsort(descending=True, stable=True)
+        first = inside[_rank(peak)[group[inside]].argsort(stable=True)]
+        return torch.cat([whole[first].flatten(), torch.arange(whole.numel(), cols)])
+    return torch.cat([whole[weight.argsort(descending=True, stable=True)].flatten(), torch.arange(whole.numel(), cols)])
 
 
-def _factor(hessian: Tensor) -> Tensor:
+def _rank(peak: Tensor) -> Tensor:
+    """The place of each group when groups fall by ``peak``."""
+    return peak.argsort(descending=True, stable=True).argsort()
+
+
+def _factor(firm: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of each damped Hessian, float64."""
-    h = hessian.double().clone()
-    diagonal = h.diagonal(dim1=1, dim2=2)
-    dead = diagonal == 0  # an input that is always 0 says nothing: its column stands alone
-    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(mean == 0, 1.0, mean)
-    diagonal += torch.where(dead, mean, 0.0)
-    for share in DAMPING:
-        damped = h + torch.diag_embed((share * mean).expand_as(diagonal))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed.any():
-                return upper
-    raise FormatError("the Hessian is not positive definite, however damped: the calibration data overflows")
+    lower = torch.linalg.cholesky(firm)
+    del firm  # of large matrices few are held at a time
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True)

@@ -1,0 +1,253 @@
+"""Weight-only tables at equal bytes, as Markdown: stories260K by KLD, MiniLM by 1 - cosine, ResNet-20 by KL; it judges no figure.
+
+    python scripts/lm.py stories            budgets in bits, solved and tuned end to end
+    python scripts/lm.py solvers            what each solver alone makes of a format, plain and guided Hessians
+    python scripts/lm.py minilm             all linear layers of all-MiniLM-L6-v2
+    python scripts/lm.py resnet             ResNet-20 at 4, 3 and 2 bits: uniform, log, codebook, vector
+
+Bits are all bytes of the linear weights (codes, scales, tables, padding) times 8 over their number; embeddings and
+heads stay float. Splits are those of docs/data.md: 80 stories to learn from, 20 to judge by, 87 to score. Seconds are of
+one thread's CPU time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import click
+import torch
+import torch.nn.functional as F
+from measure import CASES, _cosine, _embed, _neighbours
+from torch import Tensor, nn
+
+import roundel as rd
+from roundel.data import Batch
+from roundel.fisher import hessians
+from roundel.formats import QTensor
+from roundel.plan import Plan, Rule
+from roundel.solvers import NEED_HESSIAN, SOLVERS, solved
+from roundel.tune.endtoend import Teaching, tune_model
+
+#: Bits -> (format, format of the layers that most depends on, their patterns); tables are one per tensor, scales int8 per row.
+BUDGETS: Mapping[float, tuple[str, str, tuple[str, ...]]] = {
+    4.5: ("cb16@tensor/channel*int8", "cb32@tensor/channel*int8", ("*.down_proj", "*.v_proj")),
+    4.25: ("cb16@tensor/channel*int8", "", ()),
+    3.5: ("cb8@tensor/channel*int8", "cb16@tensor/channel*int8", ("*.down_proj", "*.o_proj")),
+    3.25: ("cb8@tensor/channel*int8", "", ()),
+    2.5: ("cb4@tensor/channel*int8", "cb8@tensor/channel*int8", ("*.down_proj", "*.o_proj")),
+    2.25: ("cb4@tensor/channel*int8", "", ()),
+}
+
+#: Tokens of a training example, and examples of a training batch.
+LENGTH, BATCH = 256, 8
+
+
+@click.group(help=__doc__, context_settings={"max_content_width": 120})
+def cli() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def row(*cells: object) -> None:
+    click.echo("| " + " | ".join(map(str, cells)) + " |")
+
+
+def head(*cells: str) -> None:
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
+def bits(tensors: Mapping[str, QTensor]) -> float:
+    """Bits per number of the packed tensors, every byte counted."""
+    return 8 * sum(q.nbytes for q in tensors.values()) / sum(torch.Size(q.shape).numel() for q in tensors.values())
+
+
+def solve(q: rd.QModel, real: nn.Module, solver: str, moments: Mapping[str, Tensor]) -> tuple[rd.QModel, float, float]:
+    """(``q`` solved anew, mean relative error before and after), each layer on the inputs of the float network."""
+    if solver not in NEED_HESSIAN:
+        return q, float("nan"), float("nan")
+    done = {name: solved(SOLVERS[solver], real.get_parameter(name), t.format, moments[name]) for name, t in q.tensors.items()}
+    before, after = (sum(getattr(one, what) for one in done.values()) / len(done) for what in ("before", "after"))
+    return replace(q, tensors={name: one.tensor for name, one in done.items()}), before, after
+
+
+# -- stories260K ------------------------------------------------------------------------------------------------------
+
+
+def chunks(documents: Sequence[Tensor], seed: int = 1) -> list[Batch]:
+    """Token ids joined, cut to `LENGTH` and shuffled into batches."""
+    ids = torch.cat([d.flatten() for d in documents])
+    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    return [Batch((part,)) for part in rows.split(BATCH)]
+
+
+@torch.no_grad()
+def sampled(model: nn.Module, count: int, seed: int = 0) -> Tensor:
+    """(count, LENGTH) token ids drawn from the float model itself, of which there is no end (Liu et al. 2023, "LLM-QAT")."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = now = torch.full((count, 1), 1)
+    past = None
+    for _ in range(LENGTH - 1):
+        out = model(now, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        now = torch.multinomial(F.softmax(out.logits[:, -1], -1), 1, generator=generator)
+        ids = torch.cat([ids, now], 1)
+    return ids
+
+
+def stories() -> tuple[nn.Module, list[Batch], list[Batch], list[Batch]]:
+    """The model, what it learns from, what judges, what scores."""
+    case = CASES["stories260K"]
+    documents = list(case.calibrate())
+    return case.model().eval(), documents[:80], documents[80:], list(case.score())
+
+
+def first(batch: Batch) -> Tensor:
+    return next(iter([*batch.args, *batch.named.values()]))
+
+
+def story_row(what: str, q: rd.QModel, real: nn.Module, score: Sequence[Batch], seconds: float, more: str = "") -> None:
+    cost = rd.evaluate(q, against=real, data=score, metric="perplexity", latency=False, layers=False)
+    assert cost.kl_interval is not None
+    low, high = cost.kl_interval
+    row(what, f"{bits(q.tensors):.3f}", f"{cost.kl:.4f} [{low:.4f}, {high:.4f}]", f"{cost.kl_p99:.3f}", f"{cost.flips:.2%}",
+        f"{1 + (cost.difference or 0):.4f}", f"{seconds:.0f}", more)  # fmt: skip
+
+
+STORY = ("what", "bits", "KLD mean [95 %]", "p99", "flips", "perplexity ratio", "seconds", "")
+
+
+def rounded(real: nn.Module, text: str, high: str = "", patterns: Sequence[str] = ()) -> rd.QModel:
+    """Rounded to nearest, embedding and head float."""
+    plan = Plan.of(text, None, ("model.embed_tokens", "lm_head"))
+    return rd.quantize(real, plan=Plan((*plan.rules[:1], *(Rule(p, high) for p in patterns), *plan.rules[1:])))
+
+
+@cli.command("stories")
+@click.option("--budget", "budgets", multiple=True, type=float, default=tuple(BUDGETS), help="Only these.")
+@click.option("--steps", default=200, show_default=True, help="Steps of end-to-end tuning, 2,048 tokens each.")
+@click.option("--samples", default=400, show_default=True, help="Examples drawn from the model itself.")
+@click.option("--solver", default="descent", show_default=True)
+def stories_(budgets: Sequence[float], steps: int, samples: int, solver: str) -> None:
+    """Budgets on stories260K: solved with guided Hessians, then tuned end to end."""
+    real, learn, held, score = stories()
+    start = time.process_time()
+    text = [first(b) for b in learn] + ([sampled(real, samples)] if samples else [])
+    drawn = time.process_time() - start
+    head(*STORY)
+    for budget in budgets:
+        fmt, high, patterns = BUDGETS[budget]
+        start = time.process_time()
+        q = rounded(real, fmt, high, patterns)
+        q, *_ = solve(q, real, solver, hessians(real, learn, set(q.tensors), guided=True))
+        middle = time.process_time() - start
+        name = f"{budget} bits: `{fmt}`" + (f", `{high}` for {', '.join(patterns)}" if high else "")
+        story_row(f"{name}, {solver}", q, real, score, middle)
+        start = time.process_time()
+        # two bits move far from where they start: their weights learn at twice the rate
+        rates = {**Teaching(steps=1).rates, "weights": 2e-2 if budget < 3 else 1e-2}
+        q = tune_model(q, real, chunks(text), held, Teaching(steps=steps, rates=rates))
+        story_row(f"{name}, tuned", q, real, score, middle + drawn + time.process_time() - start, q.notes[-1].text)
+
+
+@cli.command()
+@click.option("--weights", "formats", multiple=True, default=("uint4/g32*fp16~uint4", "cb16@tensor/channel*int8",
+              "cb8@tensor/channel*int8", "cb4@tensor/channel*int8"))  # fmt: skip
+def solvers(formats: Sequence[str]) -> None:
+    """Each solver alone on stories260K, layers on the inputs of the float network."""
+    real, learn, _, score = stories()
+    names = set(rounded(real, "int8").tensors)
+    moments = {kind: hessians(real, learn, names, guided=kind == "guided") for kind in ("plain", "guided")}
+    head(*STORY)
+    for text in formats:
+        for solver in SOLVERS:
+            for kind in ("plain", "guided") if solver in NEED_HESSIAN else ("",):
+                start = time.process_time()
+                q, before, after = solve(rounded(real, text), real, solver, moments.get(kind, {}))
+                seconds = time.process_time() - start
+                story_row(
+                    f"`{text}` {solver} {kind}", q, real, score, seconds, f"error {before:.4f} to {after:.4f}" if kind else ""
+                )
+
+
+# -- MiniLM -----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--weights", "formats", multiple=True, default=("uint4/g32*fp16~uint4", "cb16@tensor/g64*int8", "cb8@tensor/g32*int8",
+              "cb4@tensor/g32*int8"))  # fmt: skip
+@click.option("--solver", "names", multiple=True, default=("rtn", "gptq", "alternate"))
+def minilm(formats: Sequence[str], names: Sequence[str]) -> None:
+    """All linear layers of all-MiniLM-L6-v2; calibrated on the validation text, scored on the test text."""
+    case = CASES["all-MiniLM-L6-v2"]
+    real, score = case.model().eval(), list(case.score())
+    learn = validation(64)
+    wanted = _embed(real, score)
+    layers = {f"{name}.weight" for name, part in real.named_modules() if isinstance(part, nn.Linear)}
+    moments = hessians(real, learn, layers)
+    head("weights", "solver", "bits", "1 - cosine", "Spearman", "same nearest neighbour", "seconds")
+    for text in formats:
+        for name in names:
+            start = time.process_time()
+            q = rd.quantize(real, text, exclude=("*embeddings*",))
+            q, *_ = solve(q, real, name, moments)
+            seconds = time.process_time() - start
+            got = _embed(q.module, score)
+            row(f"`{text}`", name, f"{bits(q.tensors):.3f}", f"{1 - _cosine(wanted, got):.4f}", f"{spearman(wanted, got):.3f}",
+                f"{_neighbours(wanted, got):.3f}", f"{seconds:.0f}")  # fmt: skip
+
+
+def validation(count: int) -> list[Batch]:
+    """The first lines of the WikiText-2 validation file, one sentence a batch."""
+    from measure import DATA
+    from measure import minilm as folder
+
+    from roundel.data import Preprocess, load_data
+    from roundel.readers.huggingface import read_tokenizer
+
+    steps, text = Preprocess(lines=True, words=(8, 64), skip="="), str(DATA / "text" / "wikitext2_valid.txt.xz")
+    return list(load_data(text, preprocess=steps, tokenizer=read_tokenizer(folder()), limit=count, batch_size=1))
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of all pairwise cosines."""
+    above = torch.ones(len(a), len(a)).triu(1).bool()
+    ranks = torch.stack([(x @ x.T)[above].argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+# -- ResNet-20 --------------------------------------------------------------------------------------------------------
+
+
+RESNET = (
+    *("int4", "log4:fit", "cb16/tensor", "cb256x2@tensor/channel*fp16"),
+    *("int3", "log3:fit", "cb8/tensor", "cb64x2@tensor/channel*fp16"),
+    *("int2", "ternary", "cb4/tensor", "cb16x2@tensor/channel*fp16"),
+)
+
+
+@cli.command()
+@click.option("--weights", "formats", multiple=True, default=RESNET)
+@click.option("--solver", "names", multiple=True, default=("rtn", "alternate"))
+def resnet(formats: Sequence[str], names: Sequence[str]) -> None:
+    """ResNet-20, every weight: uniform, log, one table per layer, vectors."""
+    from measure import _draw, _network
+
+    case = CASES["ResNet-20"]
+    model, pool, score = case.model(), case.calibrate(), list(case.score())
+    network, learn = _network(model, case, pool[0]), _draw(pool, 1)
+    head("weights", "solver", "bits", "KL", "flips", "seconds")
+    for text in formats:
+        for name in names:
+            start = time.process_time()
+            q = rd.quantize(network, text, data=learn, solver=name)
+            seconds = time.process_time() - start
+            cost = rd.evaluate(q, against=model, data=score, metric="top1", latency=False, layers=False)
+            row(f"`{text}`", name, f"{bits(q.tensors):.3f}", f"{cost.kl:.4f}", f"{cost.flips:.2%}", f"{seconds:.0f}")
+
+
+if __name__ == "__main__":
+    cli()
