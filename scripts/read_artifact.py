@@ -13,7 +13,8 @@ NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 FIXED = {"nf4": NF4, "iq4nl": [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
          "ternary": [-1, 0, 1], "binary": [-1, 1], "e8m0": 2.0 ** np.arange(-127, 128)}  # fmt: skip
 FLOATS = {"fp8": (4, 3), "fp8_e5m2": (5, 2), "fp6": (2, 3), "fp6_e3m2": (3, 2), "fp4": (2, 1)}  # exponent and mantissa bits
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+         "U32": "<u4", "BOOL": "?"}  # fmt: skip
 
 
 def levels(grid):
@@ -42,6 +43,37 @@ def levels(grid):
     return sorted({s * sign for s in sizes for sign in (-1, 1)})
 
 
+def ans(words, rows, cols, k, flip):
+    """The codes (rows, cols) below k of an ANS stream; see "Codes as an ANS stream"."""
+    distance, words, state = int(words[0]), [int(word) for word in words[2:]], 0
+    while state < 2**32 and words:
+        state = state << 32 | words.pop()
+    codes, contexts = np.zeros((rows, cols), np.int64), min(k, 16)
+    counts, overall, context = np.zeros((contexts, k), np.int64), np.zeros(k, np.int64), np.zeros(rows, np.int64)
+    for column in range(cols):
+        if distance and column:
+            left = codes[:, column - 1]
+            context = (left + (codes[:, column - distance] if column >= distance else left) + 1) // 2 * contexts // k
+        for c in np.unique(context):
+            prior = 2 * overall + 1
+            weight = counts[c] * prior.sum() + 8 * prior
+            share = 1 + weight * (2**24 - k) // weight.sum()
+            share[weight.argmax()] += 2**24 - share.sum()
+            start = np.cumsum(share) - share
+            for row in np.flatnonzero(context == c):
+                low = state & 2**24 - 1
+                code = codes[row, column] = np.searchsorted(start, low, "right") - 1
+                state = (state >> 24) * int(share[code]) + low - int(start[code])
+                if state < 2**32 and words:
+                    state = state << 32 | words.pop()
+            counts[c] += np.bincount(codes[context == c, column], minlength=k)
+            counts[c] >>= counts[c].sum() > 2**14
+        overall += np.bincount(codes[:, column], minlength=k)
+        while overall.sum() > 2**14:
+            overall >>= 1
+    return codes ^ flip
+
+
 def decode(read, name, text, rows, cols):
     """The (rows, cols) float32 matrix stored as ``name``.codes, .scale, .offset and .table in the format ``text``."""
     if text in ("fp16", "bf16", "fp32"):
@@ -49,11 +81,15 @@ def decode(read, name, text, rows, cols):
         return (raw.view("<u2").astype("<u4") << 16).view("<f4") if text == "bf16" else raw.view(TYPES["F" + text[2:]]).astype("f4")
     grid, learned, share, scale, sign, offset = re.fullmatch(r"([\w.:]+)(@\w+)?(?:/(\w+)\*([^~-]+)([~-]?)(.*))?", text).groups()
     step = int((re.match(r"cb\d+x(\d+)", grid) or [0, 1])[1])
-    table = np.asarray(read(name + ".table") if learned else [levels(grid)], np.float32)
+    home = f"model:{text}" if learned == "@model" else name
+    table = np.asarray(read(home + ".table") if learned else [levels(grid)], np.float32)
     table = table.reshape(len(table), -1, step)
-    bits, width = (table.shape[1] - 1).bit_length(), -(-cols // step)
-    stream = np.unpackbits(read(name + ".codes"), axis=1, bitorder="little")[:, : width * bits]
-    codes = stream.reshape(rows, width, bits) @ (1 << np.arange(bits))
+    bits, width = max(1, table.shape[1] - 1).bit_length(), -(-cols // step)
+    if (words := read(name + ".codes.ans", None)) is not None:
+        codes = ans(words, rows, width, 1 << bits, 1 << bits - 1 if re.match(r"int\d", grid) else 0)
+    else:
+        stream = np.unpackbits(read(name + ".codes"), axis=1, bitorder="little")[:, : width * bits]
+        codes = stream.reshape(rows, width, bits) @ (1 << np.arange(bits))
     which = np.arange(rows)[:, None] if len(table) > 1 else 0
     value = table[which, codes].reshape(rows, -1)[:, :cols]
     block = re.fullmatch(r"b(\d+)x(\d+)|g(\d+)|(.*)", share or "tensor")
@@ -77,20 +113,23 @@ def read_artifact(path):
     header = json.loads(data[8:start])
     document = json.loads(header.pop("__metadata__")["roundel"])
 
-    def read(name):
-        entry = header.pop(name)
+    def read(name, *missing):
+        if missing and name not in header:
+            return missing[0]
+        entry = header[name]
+        done.add(name)
         raw = np.frombuffer(data[start:], np.uint8)[slice(*entry["data_offsets"])]
         if entry["dtype"] == "BF16":  # numpy has no bfloat16: the upper half of a float32
             return (raw.view("<u2").astype("<u4") << 16).view("<f4").reshape(entry["shape"])
         return raw.view(TYPES[entry["dtype"]]).reshape(entry["shape"])
 
-    arrays = {}
+    arrays, done = {}, set()
     for name, entry in document["tensors"].items():
         shape, axis = entry["shape"], entry["axis"]
         front = [shape[axis], *shape[:axis], *shape[axis + 1 :]] if len(shape) > 1 else [1, *shape]
         matrix = decode(read, name, entry["format"], front[0], int(np.prod(front[1:])))
         arrays[name] = np.moveaxis(matrix.reshape(front), 0, axis) if len(shape) > 1 else matrix.reshape(shape)
-    return document, arrays | {name: read(name) for name in list(header)}
+    return document, arrays | {name: read(name) for name in list(header.keys() - done)}
 
 
 if __name__ == "__main__":

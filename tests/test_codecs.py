@@ -352,7 +352,9 @@ def test_every_format_survives_its_text(form: Format) -> None:
         ("apot9", "2 to 8 bits"),
         ("fp16*fp16", "no scale"),
         ("int4/model", "only a table can be shared by the model"),
-        ("cb16:int8", "fp16, bf16, fp32"),
+        ("cb16:int9", "fp16, bf16, fp32, or int2 to int8"),
+        ("cb16:int4", "15 whole numbers from -7 to 7"),
+        ("cb8:int5@tensor/channel*one", "need a scale"),
         ("INT4", None),
     ],
 )

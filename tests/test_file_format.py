@@ -120,8 +120,8 @@ def test_newer_version_is_refused(saved: bytes, tmp_path: Path) -> None:
     path.write_bytes(saved)
     rewrite(path, {})
     rd.load(path)  # rewriting alone does no harm
-    rewrite(path, {"format_version": 2, "structure": {"kind": "of a later day"}})
-    with pytest.raises(rd.InputError, match=r"format version 2; this Roundel reads up to 1"):
+    rewrite(path, {"format_version": 3, "structure": {"kind": "of a later day"}})
+    with pytest.raises(rd.InputError, match=r"format version 3; this Roundel reads up to 2"):
         rd.load(path)
 
 

@@ -6,6 +6,7 @@ here. It knows no network and no solver.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -22,6 +23,12 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 #: Elements that one pass of the scale search may hold at a time.
 CHUNK = 1 << 22
+
+#: Numbers that a table shared by several tensors is learned from, at most.
+POINTS = 1 << 20
+
+#: Shares of the range that scales are tried at under a learned table.
+SHARES = tuple(1.15 - 0.05 * i for i in range(18) if i != 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +151,38 @@ def _scaled(fmt: Format, w: Tensor, params: Params, cols: Tensor | None, rows: T
     return w.round() + offset if fmt.zero is not None else w
 
 
+def spread(fmt: Format, param: Tensor | None, like: Tensor) -> Tensor:
+    """A parameter's value for each element of the matrix ``like``, or something that broadcasts to it; 0 where there is none."""
+    return _spread(param, fmt, like, None, None)
+
+
+def neighbours(fmt: Format, w: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """Codes of the two adjacent levels that ``w`` (rows, columns) lies between; of the last two at that end, where it lies beyond.
+
+    Raises `FormatError` for vector codebooks and stored floats, which have no order or too many levels.
+    """
+    base = fmt.grid
+    offset = _spread(params.offset, fmt, w, None, None)
+    x = w + offset if fmt.min is not None else w
+    if params.scale is not None:
+        scale = _spread(params.scale, fmt, w, None, None)
+        x = torch.where(scale == 0, torch.zeros(()), x / scale)
+    if isinstance(base, Uniform):
+        lo, hi = fmt.extremes
+        low = (x + offset if fmt.zero is not None else x).floor().clamp(lo, hi - 1).to(torch.int32)
+        return low, low + 1
+    if isinstance(base, Real) or (isinstance(base, Codebook) and base.dim > 1):
+        raise FormatError(f"{fmt}: its numbers have no two neighbours to choose between; train them straight-through")
+    if isinstance(base, Levels):
+        _, codes, _, levels = _tables(base.name)
+        at = (torch.searchsorted(levels, x.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
+        return codes[at], codes[at + 1]
+    assert params.table is not None
+    table = params.table[:, :, 0].contiguous().expand(x.shape[0], -1).contiguous()
+    low = (torch.searchsorted(table, x.contiguous(), right=True) - 1).clamp(0, base.k - 2).to(torch.int32)
+    return low, low + 1
+
+
 # -- the seam ---------------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +232,11 @@ def store(fmt: Format, params: Params) -> Stored:
     offset = _stored_part(fmt, fmt.zero or fmt.min, params.offset, "zero point" if fmt.zero else "minimum")
     table = params.table
     if isinstance(fmt.grid, Codebook) and table is not None:
-        _check_range(fmt, fmt.grid.entry, table, "table entry")
-        table = table.to(DTYPES[fmt.grid.entry])
+        if fmt.grid.whole:
+            table = table.round().clamp(-fmt.grid.whole, fmt.grid.whole).to(torch.int8)
+        else:
+            _check_range(fmt, fmt.grid.entry, table, "table entry")
+            table = table.to(DTYPES[fmt.grid.entry])
     return Stored(
         scale=scale.matrix_values() if scale is not None else None,
         offset=offset.matrix_values() if offset is not None else None,
@@ -391,7 +433,7 @@ def _settle(fmt: Format, params: Params) -> Params:
 def _error(fmt: Format, x: Tensor, weight: Tensor | None, params: Params) -> Tensor:
     """Weighted squared error of each row, (rows, 1)."""
     stored = Stored(params.scale, params.offset, params.table)
-    diff = (decode(fmt, _round(fmt, _scaled(fmt, x, params, None, None), None, None), stored) - x).square()
+    diff = (decode(fmt, _round(fmt, _scaled(fmt, x, params, None, None), params.table, None), stored) - x).square()
     return (diff if weight is None else diff * weight).sum(1, keepdim=True)
 
 
@@ -491,28 +533,95 @@ def _least_squares(fmt: Format, x: Tensor, codes: Tensor, params: Params, weight
 
 
 def _fit_codebook(fmt: Format, w: Tensor, weight: Tensor | None, table: Tensor | None) -> Params:
-    """Scale each block by its largest magnitude, then learn the table of what results; twice, where scales are stored."""
+    """Each block scaled by its largest magnitude and the table learned of what results; then, where one table has many scales, the
+    best scales for the table, the table anew, and the scales again."""
     base = fmt.grid
     assert isinstance(base, Codebook)
-    scale = None
-    if fmt.scale is not None:
-        blocks = _Blocks(fmt, w, None)
-        scale = blocks.w.abs().amax(1).reshape(blocks.grid) if blocks.count else torch.zeros(blocks.grid)
-        if table is not None and table.numel():
-            scale = scale / table.abs().max()
-    params = Params(scale, None, table)
-    if table is not None or not w.numel():
+    params = Params(_peaks(fmt, w, table), None, table)
+    alone = fmt.scale is not None and fmt.table != CHANNEL and base.dim == 1
+    if not w.numel() or table is not None:
         tables = w.shape[0] if fmt.table == CHANNEL else 1
-        return params if table is not None else replace(params, table=torch.zeros(tables, base.k, base.dim))
+        if table is None:
+            return replace(params, table=torch.zeros(tables, base.k, base.dim))
+        return _best_scales(fmt, w, weight, params) if alone and w.numel() else params
+    for _ in range(2 if alone else 1):
+        params = replace(params, table=_learn(fmt, base, *_in_units(fmt, w, weight, params.scale)))
+        params = _best_scales(fmt, w, weight, params) if alone else params
+    return params
+
+
+def _best_scales(fmt: Format, w: Tensor, weight: Tensor | None, params: Params) -> Params:
+    """The scale of each block under a table of numbers that stays: a search over shares of the range, then two rounds of least
+    squares, each kept only where the weighted squared error falls."""
+    inner = replace(fmt, share=CHANNEL)  # one block is one row here
+    blocks = _Blocks(fmt, w, weight)
+    step, found = max(1, CHUNK // max(1, blocks.size)), []
+    assert params.scale is not None
+    for i in range(0, blocks.count, step):
+        x, h = blocks.part(i, i + step)
+        first = params.scale.reshape(-1, 1)[i : i + step]
+        best, error = first, torch.full_like(first, torch.inf)
+        for share in (1.0, *SHARES, None, None):
+            old = Params(best, None, params.table)
+            if share is None:
+                new = _least_squares(inner, x, _round(inner, _scaled(inner, x, old, None, None), params.table, None), old, h)
+            else:
+                new = replace(old, scale=first * share)
+            new = replace(_settle(fmt, new), table=params.table)
+            lost = _error(inner, x, h, new)
+            assert new.scale is not None
+            best, error = torch.where(lost < error, new.scale, best), torch.minimum(lost, error)
+        found.append(best)
+    return replace(params, scale=torch.cat(found).reshape(params.scale.shape))
+
+
+def shared_table(fmt: Format, matrices: Sequence[Tensor], importances: Sequence[Tensor | None] | None = None) -> Tensor:
+    """One table (1, k, dim) for several matrices (rows, columns), each counting by its error relative to its own (weighted) size.
+
+    It is what `fit` takes as ``table``. Of more than `POINTS` numbers an even share is looked at.
+    """
+    base = fmt.grid
+    if not isinstance(base, Codebook):
+        raise FormatError(f"{fmt} learns no table that could be shared")
+    points, masses = [], []
+    for w, importance in zip(matrices, importances or [None] * len(matrices), strict=True):
+        if not w.numel():
+            continue
+        w = w.to(torch.float32)
+        x, h = _in_units(fmt, w, None if importance is None else importance.float().expand(w.shape), _peaks(fmt, w, None))
+        h = torch.ones_like(x) if h is None else h
+        fill = (0, -x.shape[1] % base.dim)
+        x, h = (torch.nn.functional.pad(t, fill).reshape(-1, base.dim) for t in (x, h))
+        power = float((h.double() * x.double().square()).sum())
+        points.append(x)
+        masses.append(h * (x.numel() / power) if power else h)
+    if not points:
+        return torch.zeros(1, base.k, base.dim)
+    x, h = torch.cat(points), torch.cat(masses)
+    stride = -(-x.numel() // POINTS)
+    return _learn(fmt, base, x[::stride].reshape(1, -1), h[::stride].reshape(1, -1))
+
+
+def _peaks(fmt: Format, w: Tensor, table: Tensor | None) -> Tensor | None:
+    """The scales that bring the largest magnitude of each block to the table's end: 1, the largest whole number, or its own."""
+    assert isinstance(fmt.grid, Codebook)
+    if fmt.scale is None:
+        return None
+    blocks = _Blocks(fmt, w, None)
+    scale = blocks.w.abs().amax(1).reshape(blocks.grid) if blocks.count else torch.zeros(blocks.grid)
+    end = table.abs().max() if table is not None and table.numel() else torch.tensor(float(fmt.grid.whole or 1))
+    return scale / torch.where(end > 0, end, torch.ones(()))
+
+
+def _in_units(fmt: Format, w: Tensor, weight: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``w`` over its stored scales, and what each number's error counts there: in the weight's units, so by the scale squared."""
     stored = Stored(_stored_scale(fmt, scale), None, None)
-    spread = None if stored.scale is None else _spread(stored.scale, fmt, w, None, None)
     x = _scaled(fmt, w, stored, None, None)
-    # A block's error counts in the weight's own units, so its scale squared joins the importance.
-    h = weight
-    if spread is not None:
-        square = (spread / spread.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).square().expand(w.shape)
-        h = square if h is None else h * square
-    return replace(params, table=_learn(fmt, base, x, h))
+    if stored.scale is None:
+        return x, weight
+    spread = _spread(stored.scale, fmt, w, None, None)
+    square = (spread / spread.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).square().expand(w.shape)
+    return x, square if weight is None else weight * square
 
 
 def _stored_scale(fmt: Format, scale: Tensor | None) -> Tensor | None:
@@ -522,7 +631,7 @@ def _stored_scale(fmt: Format, scale: Tensor | None) -> Tensor | None:
 
 def _learn(fmt: Format, base: Codebook, x: Tensor, weight: Tensor | None) -> Tensor:
     """The table (tables, k, dim) of scaled numbers ``x``."""
-    from .kmeans import kmeans, kmeans_vectors
+    from .kmeans import kmeans, kmeans_vectors, kmeans_whole
 
     if base.law == "log":
         return _fit_log(base, x, weight, per_row=fmt.table == CHANNEL)
@@ -535,6 +644,8 @@ def _learn(fmt: Format, base: Codebook, x: Tensor, weight: Tensor | None) -> Ten
         return kmeans_vectors(points, h, base.k)[None]
     if fmt.table != CHANNEL:
         x, weight = x.reshape(1, -1), None if weight is None else weight.reshape(1, -1)
+    if base.whole:
+        return kmeans_whole(x, weight, base.k, base.whole)[..., None]
     return kmeans(x, weight, base.k)[..., None]
 
 

@@ -100,6 +100,8 @@ class Format:
             raise FormatError(f"{self}: a stored float has no scale, minimum or zero point")
         if isinstance(self.grid, Codebook) and self.share.cols % self.grid.dim:
             raise FormatError(f"{self}: groups of {self.share.cols} do not hold whole entries of {self.grid.dim} numbers")
+        if isinstance(self.grid, Codebook) and self.grid.whole and self.scale is None:
+            raise FormatError(f"{self}: entries that are whole numbers need a scale, such as *fp16, to give them a unit")
         for part in (self.scale, self.zero, self.min):
             if part is not None and (part.table or part.zero or part.min):
                 raise FormatError(f"{self}: a parameter's own format {part} has no learned table, minimum or zero point")
@@ -151,7 +153,7 @@ class Format:
                 size += part.nbytes(self.share.grid(shape))
         if isinstance(self.grid, Codebook):
             tables = rows if self.table == CHANNEL else 1
-            size += tables * self.grid.k * self.grid.dim * Real(self.grid.entry).bits // 8
+            size += tables * self.grid.k * self.grid.dim * self.grid.entry_bytes
         return size
 
     # -- levels ---------------------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ class _Parser:
         if isinstance(base, Codebook) and at is None:
             own = share.word in ("tensor", "channel") and not base.law and base.dim == 1
             at = share if own and sugar else TENSOR
-            scale = None if own and sugar else scale
+            scale = None if own and sugar and not base.whole else scale
         return Format(base, share, at, scale, zero, minimum)
 
     def nested(self, scales: bool) -> Format | None:
@@ -334,5 +336,5 @@ def with_real(fmt: Format, real: str) -> Format:
             return None
         return Format(Real(real)) if isinstance(part.grid, Real) else replace(part, scale=leaf(part.scale))
 
-    base = replace(fmt.grid, entry=real) if isinstance(fmt.grid, Codebook) else fmt.grid
+    base = replace(fmt.grid, entry=real) if isinstance(fmt.grid, Codebook) and not fmt.grid.whole else fmt.grid
     return replace(fmt, grid=base, scale=leaf(fmt.scale), min=leaf(fmt.min))

@@ -57,7 +57,8 @@ class Levels:
 class Codebook:
     """A learned table of ``k`` entries of ``dim`` consecutive numbers each; the code is the index in the sorted table.
 
-    ``law="log"`` ties the entries to 0 and +-b^-i with a fitted base b. ``entry`` is the type an entry is stored in.
+    ``law="log"`` ties the entries to 0 and +-b^-i with a fitted base b. ``entry`` is the type an entry is stored in: a float, or
+    ``intN``, whole numbers of N bits that the scale gives their unit.
     """
 
     k: int
@@ -68,6 +69,9 @@ class Codebook:
     def __post_init__(self) -> None:
         if not 2 <= self.k <= 65536 or not 1 <= self.dim <= 16:
             raise FormatError(f"a codebook has 2 to 65536 entries of 1 to 16 numbers; got {self.k} of {self.dim}")
+        if self.whole and self.dim == 1 and self.k > self.whole + self.whole + 1:
+            raise FormatError(f"{self}: there are {2 * self.whole + 1} whole numbers from {-self.whole} to {self.whole}, "
+                              f"fewer than {self.k} entries")  # fmt: skip
 
     def __str__(self) -> str:
         entry = "" if self.entry == "fp16" else self.entry
@@ -78,6 +82,16 @@ class Codebook:
     @property
     def bits(self) -> int:
         return (self.k - 1).bit_length()
+
+    @property
+    def whole(self) -> int:
+        """The largest entry where entries are whole numbers, -whole to whole; 0 where they are floats."""
+        return 2 ** (int(self.entry[3:]) - 1) - 1 if self.entry.startswith("int") else 0
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes that one number of an entry is stored in."""
+        return 1 if self.whole else Real(self.entry).bits // 8
 
 
 @dataclass(frozen=True)
@@ -222,6 +236,6 @@ def grid(text: str) -> Grid:
 
 
 def _entry(name: str | None) -> str:
-    if name is not None and name not in REALS:
-        raise FormatError(f"a codebook's entries are stored as {', '.join(REALS)}; not {name!r}")
+    if name is not None and name not in REALS and not re.fullmatch("int[2-8]", name):
+        raise FormatError(f"a codebook's entries are stored as {', '.join(REALS)}, or int2 to int8; not {name!r}")
     return name or "fp16"

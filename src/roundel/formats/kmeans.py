@@ -49,6 +49,45 @@ def kmeans(values: Tensor, weights: Tensor | None, k: int) -> Tensor:
     return torch.from_numpy(table).to(torch.float32).to(values.device)
 
 
+def kmeans_whole(values: Tensor, weights: Tensor | None, k: int, most: int) -> Tensor:
+    """The k distinct whole numbers of -most..most that serve each row of values (rows, n) best, sorted, float32 (rows, k).
+
+    They minimise sum_i weights_i (values_i - nearest entry)^2 exactly, by dynamic programming over the entries: between two
+    neighbours the cost does not depend on the others. Same demands on values and weights as `kmeans`.
+    """
+    if not 1 <= k <= 2 * most + 1:
+        raise ValueError(f"there are {2 * most + 1} whole numbers from {-most} to {most}, not {k}")
+    points, mass = _as_numpy(values), np.ones(tuple(values.shape)) if weights is None else _as_numpy(weights)
+    if mass.shape != points.shape or not np.isfinite(points).all() or not np.isfinite(mass).all() or (mass < 0).any():
+        raise ValueError("k-means takes finite values, and finite weights of the same shape that are not negative")
+    level = np.arange(-most, most + 1, dtype=np.float64)
+    table = np.stack([_whole(x, w if w.any() else np.ones_like(w), k, level) for x, w in zip(points, mass, strict=True)])
+    return torch.from_numpy(table).to(torch.float32).to(values.device)
+
+
+def _whole(value: Floats, mass: Floats, k: int, level: Floats) -> Floats:
+    order = np.argsort(value, kind="stable")
+    value, mass = value[order], mass[order]
+    s0, s1, s2 = (np.concatenate([[0.0], np.cumsum(mass * value**power)]) for power in (0, 1, 2))
+    at, middle = np.searchsorted(value, level), np.searchsorted(value, (level[:, None] + level) / 2)
+
+    def cost(start: Ints, stop: Ints, to: Floats) -> Floats:
+        """Of the points from start to stop under one entry."""
+        out: Floats = s2[stop] - s2[start] - 2 * to * (s1[stop] - s1[start]) + to * to * (s0[stop] - s0[start])
+        return out
+
+    between = cost(at[:, None], middle, level[:, None]) + cost(middle, at[None, :], level[None, :])
+    between[np.tril_indices(len(level))] = np.inf
+    best, chosen = cost(np.zeros_like(at), at, level), []
+    for _ in range(k - 1):
+        total = best[:, None] + between
+        chosen.append(total.argmin(0))
+        best = total.min(0)
+    entry = int((best + cost(at, np.full_like(at, len(value)), level)).argmin())
+    entries = [entry, *(entry := int(choice[entry]) for choice in reversed(chosen))]
+    return level[entries[::-1]]
+
+
 def kmeans_vectors(points: Tensor, weights: Tensor | None, k: int, iters: int = 25, seed: int = 0) -> Tensor:
     """A codebook (k, d), float32, for points (n, d): k-means++ from `seed`, at most `iters` rounds of Lloyd; a local optimum.
 
