@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,20 +167,21 @@ def _sync_folder(target: Path) -> None:
 # -- safetensors: writing ---------------------------------------------------------------------------------------------
 
 
-def write_safetensors(path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(path: AnyPath, tensors: Mapping[str, Tensor | Slice], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; equal names, numbers and metadata give equal bytes, whatever the order of the mappings.
 
-    Tensors are written one by one straight from their storage, so no second copy of the model is made. Data lie by falling
-    item size, then name, which keeps each one aligned without holes. Raises `InputError` for a tensor that has no numbers
-    (meta), is not strided, or whose dtype the format lacks, and for what `atomic_write` refuses.
+    Tensors are written one by one straight from their storage, so no second copy of the model is made; a `Slice` is copied from its
+    file a piece at a time. Data lie by falling item size, then name, which keeps each one aligned without holes. Raises
+    `InputError` for a tensor that has no numbers (meta), is not strided, or whose dtype the format lacks, and for what
+    `atomic_write` refuses.
     Source: the format section of the safetensors README.
     """
     for name, tensor in tensors.items():
         _check_storable(name, tensor)
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     offsets, end = {}, 0
     for name in order:
-        offsets[name] = [end, end := end + tensors[name].numel() * tensors[name].element_size()]
+        offsets[name] = [end, end := end + math.prod(tensors[name].shape) * tensors[name].dtype.itemsize]
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -196,14 +198,17 @@ def write_safetensors(path: AnyPath, tensors: Mapping[str, Tensor], metadata: Ma
     def chunks() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(head)) + head
         for name in order:
-            yield _bytes(tensors[name])
+            tensor = tensors[name]
+            yield from tensor.pieces() if isinstance(tensor, Slice) else [_bytes(tensor)]
 
     atomic_write(path, chunks(), size=8 + len(head) + end)
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
+def _check_storable(name: str, tensor: Tensor | Slice) -> None:
     if name == "__metadata__":
         raise InputError("a tensor cannot be named '__metadata__': safetensors keeps that name for itself")
+    if isinstance(tensor, Slice):
+        return
     if tensor.device.type == "meta":
         raise InputError(f"tensor {name!r} has no numbers (it is on the meta device); load its weights first")
     if tensor.layout is not torch.strided:
@@ -231,6 +236,48 @@ class Entry:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Slice:
+    """A tensor that lies in a safetensors file and is read when it is wanted.
+
+    >>> write_safetensors("a.safetensors", {"x": torch.arange(3)})
+    >>> slices("a.safetensors")["x"].read()
+    tensor([0, 1, 2])
+    """
+
+    path: Path
+    name: str
+    entry: Entry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        with open_regular(self.path) as file:
+            return _read_tensor(self.path, file, self.name, self.entry)
+
+    def pieces(self, size: int = 1 << 24) -> Iterator[bytes]:
+        """Its bytes, at most ``size`` at a time, a multiple of the item size."""
+        with open_regular(self.path) as file:
+            file.seek(self.entry.offset)
+            for start in range(0, self.entry.nbytes, size):
+                piece = file.read(min(size, self.entry.nbytes - start))
+                if len(piece) != min(size, self.entry.nbytes - start):
+                    raise InputError(f"{show(self.path)} ends inside tensor {self.name!r}; it was cut off while being read")
+                yield piece
+
+
+def slices(path: AnyPath) -> dict[str, Slice]:
+    """The tensors of a safetensors file, unread; strict as `read_header`."""
+    return {name: Slice(Path(os.fsdecode(path)), name, entry) for name, entry in read_header(path)[0].items()}
+
+
 def read_header(path: AnyPath) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors that a safetensors file holds, by name, and its metadata; reads no numbers.
 
@@ -253,6 +300,13 @@ def read_safetensors(path: AnyPath, names: Iterable[str] | None = None) -> tuple
             raise InputError(f"{show(path)} has no tensor {missing[0]!r}; the nearest there: {nearest(missing[0], entries)}")
         tensors = {name: _read_tensor(path, file, name, entries[name]) for name in wanted}
     return tensors, metadata
+
+
+def map_safetensors(path: AnyPath) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped: what is not looked at takes no memory, and writing to one changes no file."""
+    entries, _ = read_header(path)
+    whole = torch.from_numpy(np.memmap(os.fsdecode(path), np.uint8, "c"))
+    return {name: whole[e.offset : e.offset + e.nbytes].view(e.dtype).reshape(e.shape) for name, e in entries.items()}
 
 
 def open_regular(path: AnyPath) -> BinaryIO:

@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import AnyPath, Slice, atomic_write, check_writable, read_header, show, slices, write_safetensors
+from ..files import AnyPath, Slice, check_writable, read_header, show, slices, write_safetensors
 
 #: What the journal's folder adds to the name of the output.
 SUFFIX = ".journal"
@@ -29,6 +29,23 @@ class Journal:
     """Entries of one run in a folder: each has a name, tensors, and a text of facts, and is there whole or not at all."""
 
     folder: Path
+
+    def bind(self, run: Mapping[str, Any], output: AnyPath) -> None:
+        """Tie the journal to a run: ``run`` says what decides the bytes, as a JSON table; tables in it are compared field by field.
+
+        Raises `InputError` where the journal belongs to another run, with the field that differs.
+        """
+        now = msgspec.json.decode(msgspec.json.encode(dict(run)))
+        if not self.has("_run"):
+            return self.write("_run", {}, now)
+        if differs := list(_differences(self.facts("_run"), now, "")):
+            name, old, new = differs[0]
+            more = f" (and {len(differs) - 1} more)" if len(differs) > 1 else ""
+            raise InputError(
+                f"an unfinished run for {show(output)} differs in {name}{more}: it has {old}, this one {new}; run it as it was, or "
+                f"remove {show(self.folder)} to start anew"
+            )
+        return None
 
     def has(self, name: str) -> bool:
         return self._path(name).exists()
@@ -53,12 +70,11 @@ class Journal:
 
 
 @contextmanager
-def journal(output: AnyPath, run: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of ``output``, for this process alone; removed where the block ends well, kept where it does not.
+def journal(output: AnyPath) -> Iterator[Journal]:
+    """The journal of ``output``, for this process alone; removed where the block ends well or nothing was
+    entered but what begins with an underscore, else kept.
 
-    ``run`` says what decides the bytes of the output, as a JSON table; values that are tables are compared field by field. Raises
-    `InputError` where the folder cannot be written, where another process is writing the same output, and where a journal is there
-    that belongs to another run, with the field that differs.
+    Raises `InputError` where the folder cannot be written, and where another process is writing the same output.
     """
     check_writable(output)
     target = Path(os.path.realpath(os.fsdecode(output)))
@@ -66,9 +82,13 @@ def journal(output: AnyPath, run: Mapping[str, Any]) -> Iterator[Journal]:
     with _alone(folder, output):
         for left in folder.glob(".roundel-*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
-        _same_run(folder / "run.json", dict(run), output)
-        yield Journal(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        done = False
+        try:
+            yield Journal(folder)
+            done = True
+        finally:
+            if done or not any(path.name[0] != "_" for path in folder.glob("*.entry")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _short(name: str) -> str:
@@ -109,24 +129,6 @@ def _alone(folder: Path, output: AnyPath) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _same_run(path: Path, run: dict[str, Any], output: AnyPath) -> None:
-    if path.exists():
-        try:
-            before = msgspec.json.decode(path.read_bytes())
-        except (msgspec.DecodeError, UnicodeDecodeError, OSError) as err:
-            raise InputError(f"{show(path)} is not readable: remove the folder {show(path.parent)} to start anew") from err
-        run = msgspec.json.decode(msgspec.json.encode(run))
-        if differs := list(_differences(before, run, "")):
-            name, old, new = differs[0]
-            more = f" (and {len(differs) - 1} more)" if len(differs) > 1 else ""
-            raise InputError(
-                f"an unfinished run for {show(output)} differs in {name}{more}: it has {old}, this one {new}; run it as it was, or "
-                f"remove {show(path.parent)} to start anew"
-            )
-        return
-    atomic_write(path, [msgspec.json.encode(run)])
 
 
 def _differences(a: Any, b: Any, name: str) -> Iterator[tuple[str, str, str]]:

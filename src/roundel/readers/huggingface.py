@@ -32,14 +32,11 @@ def read_folder(path: AnyPath) -> nn.Module:
     from the folder; and afterwards for weights that are missing or have the wrong shape.
     """
     folder = Path(os.fsdecode(path))
-    raw = _json(folder, "config.json")
-    if "quantization_config" in raw:
-        method = _text(raw["quantization_config"], "quant_method")
-        raise InputError(f"{show(path)} is quantized already (quantization_config: {method!r}); start from the float model")
+    raw = folder_json(folder)
     notes = []
     if "auto_map" in raw:
         notes.append("config.json brings code of its own (auto_map); it is ignored, transformers' built-in class is used")
-    shards = _shards(folder)
+    shards = weight_files(folder)
     config, cls = resolve(raw, show(path))
     state: dict[str, Tensor] = {}
     for shard in shards:
@@ -115,6 +112,15 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def folder_json(folder: Path) -> dict[str, Any]:
+    """The config of a folder whose weights are float."""
+    raw = _json(folder, "config.json")
+    if "quantization_config" in raw:
+        method = _text(raw["quantization_config"], "quant_method")
+        raise InputError(f"{show(folder)} is quantized already (quantization_config: {method!r}); start from the float model")
+    return raw
+
+
 def _inside(folder: Path, name: str) -> Path:
     """The file ``name`` of a folder; refused when it is, or links to, something outside.
 
@@ -127,7 +133,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _shards(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files to read, every one checked to be there and inside the folder."""
     for single, index in _WEIGHTS:
         if os.path.lexists(folder / single):

@@ -1,0 +1,448 @@
+"""Folders quantized block by block: the same bytes as in memory, whatever stops the work, under a memory cap that is kept."""
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from torch import nn
+
+import roundel
+from roundel import CheckError, InputError, PlanError
+from roundel.formats.format import Format
+from roundel.network.blocks import find_blocks
+from roundel.quantize import folder as folder_module
+from roundel.quantize import pieces
+from roundel.quantize.pieces import by_rows, rows_alone
+from roundel.solvers import gptq, rtn
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from random_llama import random_llama
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 64,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+IDS = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(5))
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "model"
+    random_llama(path, SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wanted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file that quantizing in memory writes."""
+    path = tmp_path_factory.mktemp("wanted") / "out"
+    roundel.quantize(roundel.read(llama), "int4/g32", data=[IDS], solver="gptq").save(path)
+    return sha(path)
+
+
+def stream(model: Path, out: Path, **named: Any) -> roundel.QModel:
+    return roundel.quantize(model, "int4/g32", **{"data": [IDS], "solver": "gptq", "output": out, **named})
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SMALL | {"num_hidden_layers": 2}, num_local_experts=4)),
+    "albert": lambda: transformers.AlbertModel(
+        transformers.AlbertConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, vocab_size=64, num_attention_heads=4,
+                                  embedding_size=16)),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, vocab_size=64, num_attention_heads=4)),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(hidden_size=32, num_hidden_layers=2, ffn_dim=64, vocab_size=64, num_attention_heads=4,
+                               word_embed_proj_dim=16, max_position_embeddings=32)),
+}  # fmt: skip
+
+
+@pytest.mark.proves("folder.same-bytes")
+@pytest.mark.parametrize("solver", ["gptq", "rtn"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_bytes_as_in_memory(name: str, solver: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    MODELS[name]().eval().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    q = roundel.quantize(roundel.read(tmp_path / "model"), "int4/g32", data=[IDS], solver=solver)
+    q.save(tmp_path / "wanted")
+    got = stream(tmp_path / "model", tmp_path / "out", solver=solver)
+    assert sha(tmp_path / "out") == sha(tmp_path / "wanted")
+    assert sorted(os.listdir(tmp_path)) == ["model", "out", "wanted"]
+    assert (got.nbytes, got.notes) == (q.nbytes, q.notes)
+    for a, b in zip(_outputs(got), _outputs(q), strict=True):
+        assert torch.equal(a, b)
+
+
+def _outputs(q: roundel.QModel) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [x for x in q.module(IDS).values() if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.proves("folder.prefix")
+def test_each_layer_learns_from_the_quantized_ones_before_it() -> None:
+    """Against a loop written out for a chain of two-layer blocks."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(3)]
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(blocks)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x if x.sum() > -1e9 else -x  # no graph can follow this
+
+    x = torch.randn(6, 16)
+    q = roundel.quantize(Chain(), "int4", data=[x], solver="gptq")
+    fmt = Format.parse("int4")
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            layer = x
+            for j in (0, 2):
+                linear = block[j]
+                assert isinstance(linear, nn.Linear)
+                done = gptq(linear.weight, fmt, (layer.double().T @ layer.double())[None])
+                assert torch.equal(q.tensors[f"blocks.{i}.{j}.weight"].codes, done.codes)
+                layer = torch.nn.functional.linear(layer, done.dequantize(), linear.bias).relu()
+            assert isinstance(linear, nn.Linear)
+            inner = nn.functional.linear(x, q.tensors[f"blocks.{i}.0.weight"].dequantize(), block[0].bias).relu()
+            x = x + nn.functional.linear(inner, done.dequantize(), linear.bias)
+
+
+class _Skips(nn.Module):
+    """The last block wants what the first one said: no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.blocks[0](x)
+        out = self.blocks[2](self.blocks[1](first) + first)
+        return out if out.sum() > -1e9 else -out
+
+
+def test_blocks_that_see_each_other_are_kept_in_memory() -> None:
+    torch.manual_seed(0)
+    model, x = _Skips(), torch.randn(6, 8)
+    q = roundel.quantize(model, "int4", data=[x], solver="gptq")
+    with torch.no_grad():
+        first, second = (nn.functional.linear(x, q.tensors["blocks.0.0.weight"].dequantize(), model.blocks[0][0].bias).relu(), None)
+        second = nn.functional.linear(first, q.tensors["blocks.1.0.weight"].dequantize(), model.blocks[1][0].bias).relu()
+        seen = (first + second).double()
+    done = gptq(model.blocks[2][0].weight, Format.parse("int4"), (seen.T @ seen)[None])
+    assert torch.equal(q.tensors["blocks.2.0.weight"].codes, done.codes)
+
+
+@pytest.mark.proves("folder.experts")
+def test_experts_that_saw_no_token_are_listed(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.experts[int(i)](part) for i, part in enumerate(x.split(len(x) // 2))])
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x if x.sum() > -1e9 else -x
+
+    torch.manual_seed(0)
+    model, x = Mixture(), torch.randn(6, 8)
+    q = roundel.quantize(model, "int4", data=[x], solver="gptq")
+    unseen = [f"blocks.{i}.experts.{e}.weight" for i in range(2) for e in (2, 3)]
+    assert [n.subject for n in q.notes if "no example reached it" in n.text] == unseen
+    for name in unseen:
+        assert torch.equal(q.tensors[name].codes, rtn(model.get_parameter(name), Format.parse("int4")).codes)
+    with pytest.raises(CheckError, match="no example reached it"):
+        roundel.quantize(model, "int4", data=[x], solver="gptq", strict=True)
+
+
+def test_blocks_are_the_outermost_lists() -> None:
+    torch.manual_seed(0)
+    assert find_blocks(nn.Sequential(nn.Linear(2, 2))) == [""]
+    assert find_blocks(_Skips()) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert find_blocks(MODELS["mixtral"]()) == ["model.layers.0", "model.layers.1"]
+
+
+# -- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["int4/g32", "int8/channel", "uint4/g8~uint4", "uint4/g32*uint6/g8*fp16-uint6/g8*fp16", "fp4/g16*e8m0"]
+)
+def test_rows_in_pieces_are_the_rows_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, w = Format.parse(text), torch.randn(40, 64)
+    assert rows_alone(fmt)
+    whole = rtn(w, fmt)
+    monkeypatch.setattr(pieces, "PIECE", 64 * 7)
+    parts = by_rows(rtn, w, fmt)
+    assert (parts.shape, parts.nbytes) == (whole.shape, whole.nbytes)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.dequantize(), whole.dequantize())
+
+
+@pytest.mark.parametrize("text", ["int4/tensor", "nvfp4", "cb16", "cb16/g32*int8", "int4/b4x4"])
+def test_formats_whose_rows_share_something_are_solved_whole(text: str) -> None:
+    assert not rows_alone(Format.parse(text))
+
+
+# -- stopped and taken up ---------------------------------------------------------------------------------------------
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run ``work`` in a child process; how it ended: 0, or minus the signal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fork of a process with threads
+        child = os.fork()
+    if not child:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def counting(stop: int | None, act: Callable[[], None]) -> Callable[[], int]:
+    """From now on count writes, fsyncs and renames of this process, and ``act`` at number ``stop``, before it is done."""
+    seen = [0]
+
+    def counted(real: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == stop:
+            act()
+        return real(*args, **named)
+
+    for name in ("write", "fsync", "replace"):
+        setattr(os, name, partial(counted, getattr(os, name)))
+    return lambda: seen[0]
+
+
+def killed_at(model: Path, out: Path, stop: int) -> int:
+    def work() -> None:
+        counting(stop, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        stream(model, out)
+
+    return forked(work)
+
+
+def steps(model: Path, out: Path) -> int:
+    """How many writes, fsyncs and renames a whole run takes."""
+    read, write = os.pipe()
+
+    def work() -> None:
+        count = counting(None, lambda: None)
+        stream(model, out)
+        total = count()
+        os.write(write, str(total).encode())
+
+    assert forked(work) == 0
+    total = int(os.read(read, 64))
+    os.close(read)
+    os.close(write)
+    return total
+
+
+@pytest.mark.proves("resume.kill")
+def test_killed_and_run_again_it_ends_in_the_same_bytes(llama: Path, wanted: str, tmp_path: Path) -> None:
+    total = steps(llama, tmp_path / "whole")
+    assert sha(tmp_path / "whole") == wanted
+    out = tmp_path / "out"
+    out.write_bytes(b"the file before")
+    for at in (1, total // 4, total // 4, total // 8, total // 8):
+        assert killed_at(llama, out, at) == -signal.SIGKILL
+        assert out.read_bytes() == b"the file before"
+    stream(llama, out)
+    assert sha(out) == wanted
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+
+
+@pytest.mark.proves("resume.one-block")
+def test_no_block_is_solved_twice(llama: Path, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, solved = tmp_path / "out", []
+    real = folder_module._solve
+
+    def counted(work: Any) -> Any:
+        solved.append(work[1].name)
+        if len(solved) == 11:  # in the second block
+            raise KeyboardInterrupt
+        return real(work)
+
+    monkeypatch.setattr(folder_module, "_solve", counted)
+    with pytest.raises(KeyboardInterrupt):
+        stream(llama, out)
+    stream(llama, out)
+    assert sha(out) == wanted
+    twice = {name for name in solved if solved.count(name) > 1}
+    assert twice
+    assert all(name.startswith("model.layers.1.") for name in twice)
+
+
+@pytest.mark.proves("resume.disk-full")
+def test_a_full_disk_loses_nothing(llama: Path, wanted: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"the file before")
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for at in (2, 60, 200):
+
+        def work(at: int = at) -> None:
+            counting(at, full)
+            with pytest.raises(InputError, match="No space left"):
+                stream(llama, out)
+
+        assert forked(work) == 0
+        assert out.read_bytes() == b"the file before"
+        assert not list(tmp_path.rglob(".roundel-*"))
+    stream(llama, out)
+    assert sha(out) == wanted
+
+
+@pytest.mark.proves("resume.refused")
+def test_another_run_is_refused(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert killed_at(llama, out, 150) == -signal.SIGKILL
+    other = tmp_path / "other"
+    random_llama(other, SMALL, seed=1)
+    for field, again in {
+        "plan.rules": lambda: roundel.quantize(llama, "int5/g32", data=[IDS], solver="gptq", output=out),
+        "data": lambda: stream(llama, out, data=[IDS.flip(0)]),
+        "model.weights": lambda: stream(other, out),
+        "run.seed": lambda: stream(llama, out, seed=3),
+        "run.solver": lambda: stream(llama, out, solver="descent"),
+    }.items():
+        with pytest.raises(InputError, match=f"differs in {field}"):
+            again()
+
+
+@pytest.mark.proves("resume.signals")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_the_command_and_the_same_command_goes_on(
+    sent: signal.Signals, status: int, llama: Path, tmp_path: Path
+) -> None:
+    import json
+
+    data, out = tmp_path / "ids.json", tmp_path / "out"
+    data.write_text(json.dumps(IDS.tolist()))
+    command = [sys.executable, "-m", "roundel.cli", "quantize", str(llama), "--weights", "int4/g32", "--data", str(data),
+               "--solver", "gptq", "--memory", "4GB", "-o", str(out)]  # fmt: skip
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (tmp_path / "out.journal" / "call-00000.entry").exists():
+        time.sleep(0.01)
+    child.send_signal(sent)
+    _, said = child.communicate()
+    assert child.returncode == status, said
+    assert not out.exists()
+    assert (tmp_path / "out.journal").is_dir()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of 4GB allowed" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["ids.json", "out"]
+
+
+# -- refused, before any work -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("folder.memory")
+def test_a_cap_that_cannot_be_kept_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"100\.0 MiB of memory cannot be kept: it takes about .* for Python"):
+        stream(llama, tmp_path / "out", memory="100MiB")
+    with pytest.raises(PlanError, match="a size of memory"):
+        stream(llama, tmp_path / "out", memory="much")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+     ({"effort": "default", "solver": None}, "compares models"),
+     ({"activations": "int8"}, "static activations need the whole model"),
+     ({"data": None}, "pass data="), ({"solver": "magic"}, "no solver")],
+)  # fmt: skip
+def test_what_needs_the_whole_model_is_refused(named: dict[str, Any], said: str, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=said):
+        stream(llama, tmp_path / "out", **named)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_in_a_shard_is_refused_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS["bert"]()
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"encoder.layer.1.output.dense.weight: 1 of"):
+        stream(tmp_path / "model", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.soak
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    random_llama(model, {"hidden_size": 128, "num_hidden_layers": 24, "intermediate_size": 320, "vocab_size": 512,
+                         "num_attention_heads": 4, "num_key_value_heads": 2})  # fmt: skip
+    start = time.monotonic()
+    total = steps(model, out)
+    whole = time.monotonic() - start
+    print(f"\na whole run: {whole:.0f} s, {total} writes, fsyncs and renames")
+    assert whole >= 60
+    wanted, kills, spent, runs = sha(out), 0, 0.0, 0
+    random = torch.Generator().manual_seed(0)
+    while kills < 200:
+        out.unlink(missing_ok=True)
+        start, runs = time.monotonic(), runs + 1
+        while True:
+            if kills >= 200:
+                stream(model, out)
+                break
+            if kills % 2:  # at a write, fsync or rename, near or far
+                ended = killed_at(model, out, 1 + int(torch.randint(total // 4, (), generator=random)))
+            else:
+                ended = _killed_after(model, out, float(torch.rand((), generator=random)) * whole / 4)
+            kills += ended == -signal.SIGKILL
+            assert ended in (0, -signal.SIGKILL)
+            if ended == 0:
+                break
+        spent += time.monotonic() - start
+        assert sha(out) == wanted
+    print(f"{kills} kills in {runs} runs, all the same bytes; {(spent - runs * whole) / kills:.2f} s redone per kill")
+
+
+def _killed_after(model: Path, out: Path, seconds: float) -> int:
+    def work() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        stream(model, out)
+
+    return forked(work)
