@@ -189,7 +189,7 @@ def test_when_a_range_is_found(text: str, format: str, when: str) -> None:
     [
         ("int8:dynamic", "weight", "takes no ':dynamic'"),
         ("int8:token", "weight", "takes no ':token'"),
-        ("int8:running", "activation", "not built yet"),
+        ("int8:running", "weight", "takes no ':running'"),
         ("cb16", "activation", "learns its table"),
         ("log4:fit", "activation", "learns its table"),
         (":dynamic", "activation", "':dynamic'"),

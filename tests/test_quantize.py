@@ -576,13 +576,14 @@ def test_model_is_left_as_it_was() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[nn.Module, Tensor], object], type[Exception], str]] = {
-    "no module": (lambda m, x: rd.quantize("m.tflite"), rd.PlanError, r"torch\.nn\.Module, got str; roundel\.read\(path\)"),
+    "no module": (lambda m, x: rd.quantize(b"m"), rd.PlanError, r"torch\.nn\.Module, got bytes; roundel\.read\(path\)"),
+    "no file": (lambda m, x: rd.quantize("m.tflite"), rd.InputError, "'m.tflite' does not exist"),
     "a class": (lambda m, x: rd.quantize(nn.Linear), rd.PlanError, "got type"),
     "a number of bits": (lambda m, x: rd.quantize(m, 8), rd.PlanError, "weights is a format text such as 'int4/g32'.*got int"),
     "a parsed format": (lambda m, x: rd.quantize(m, "int8", rd.Format.parse("int8")), rd.PlanError, "activations is a format text"),
     "no such format": (lambda m, x: rd.quantize(m, "int99"), rd.FormatError, "1 to 16 bits"),
     "no such timing": (lambda m, x: rd.quantize(m, "int8", "int8:later", data=[x]), rd.FormatError, "int8:later"),
-    "running": (lambda m, x: rd.quantize(m, "int8", "int8:running", data=[x]), rd.PlanError, "not built yet"),
+    "running without data": (lambda m, x: rd.quantize(m, "int8", "int8:running"), rd.PlanError, "need calibration data"),
     "dynamic weights": (lambda m, x: rd.quantize(m, "int8:dynamic", data=[x]), rd.PlanError, "takes no ':dynamic'"),
     "static tokens": (lambda m, x: rd.quantize(m, "int8", "int8/token", data=[x]), rd.PlanError, "use /tensor, or ':dynamic'"),
     "learned activations": (lambda m, x: rd.quantize(m, "int8", "cb16", data=[x]), rd.PlanError, "learns its table"),

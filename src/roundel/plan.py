@@ -24,7 +24,7 @@ FLOAT = "float"
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """For layers, tensors or sites that ``pattern`` matches: the weight's and the activation's format, each a text or ``"float"``.
 
-    An activation text may end in ``:static`` (the default) or ``:dynamic``. None leaves what an earlier rule said.
+    An activation text may end in ``:static`` (the default), ``:dynamic`` or ``:running``. None leaves what an earlier rule said.
     """
 
     pattern: str
@@ -127,8 +127,6 @@ class Choice:
             text, when = head, tail  # type: ignore[assignment]
         if kind == "weight" and when != "static":
             raise PlanError(f"weights are stored, so their format {text!r} takes no ':{tail}'")
-        if when == "running":
-            raise PlanError(f"{text!r}:running is not built yet; there are :static and :dynamic")
         format = Format.parse(text, kind)
         if kind == "activation" and isinstance(format.grid, Codebook):
             raise PlanError(

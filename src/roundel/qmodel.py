@@ -14,19 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .files import AnyPath, read_header, read_safetensors, show, write_safetensors
-from .formats.codec import Stored
-from .formats.format import Format
+from .files import AnyPath, Slice, map_safetensors, read_header, read_safetensors, show, write_safetensors
+from .formats.codec import DTYPES, Stored
+from .formats.entropy import compress, restore
+from .formats.format import CHANNEL, MODEL, Format
+from .formats.grid import Codebook
 from .formats.qtensor import QTensor
 from .graph import Graph
 from .network.huggingface import huggingface_skeleton
-from .network.layer import Activation, FakeWeight, PackedWeight
+from .network.layer import Activation, FakeWeight, PackedWeight, Site, Weight
 from .network.run import QGraphModule
+from .network.running import Tracker
 from .network.walk import install
 from .plan import Plan, When
 
-#: Version of the file format that is written; newer ones are refused.
-FORMAT_VERSION = 1
+#: The newest version of the file format that is read; newer ones are refused.
+FORMAT_VERSION = 2
+
+#: The version of a file without what version 2 brought: codes as an ANS stream, tables of the model or of whole numbers, running
+#: ranges.
+PLAIN_VERSION = 1
 
 #: The key of the safetensors metadata that holds everything but numbers.
 KEY = "roundel"
@@ -63,7 +70,7 @@ class QModel:
     """A quantized model: packed ``tensors``, stored ``activations``, the float ``rest``, and the ``structure`` that runs them.
 
     ``tied`` maps a name to the earlier one whose tensor it shares. ``template`` is a live network that the module path puts packed
-    layers into; it is not saved. Every exporter reads only this value.
+    layers into; it is not saved. ``format_version`` is that of the file it was loaded from. Every exporter reads only this value.
 
     >>> from roundel import quantize
     >>> q = quantize(nn.Sequential(nn.Linear(64, 10, bias=False)), "int4/g32")
@@ -79,15 +86,18 @@ class QModel:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_VERSION
     template: nn.Module | None = None
     path: str | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole model: packed weights with scales and tables, activation parameters, everything left float."""
+        """Bytes of the whole model: packed weights with scales and tables, a table of the model once, activation parameters,
+        everything left float."""
         parts = (part for a in self.activations.values() if a.params for part in a.params.parts[:2] if part is not None)
         packed = sum(q.nbytes for q in self.tensors.values()) + sum(part.nbytes for part in parts)
+        again = sum(q.table.nbytes for q in self.tensors.values() if q.format.table == MODEL and q.table is not None)
+        packed += sum(t.nbytes for t in _model_tables(self.tensors).values()) - again
         return packed + sum(t.nbytes for t in self.rest.values())
 
     @property
@@ -101,20 +111,33 @@ class QModel:
         """The network, in evaluation mode, running from packed weights. Raises `InputError` for an External without its module."""
         return _build(self, PackedWeight).eval()
 
-    def save(self, path: AnyPath) -> None:
-        """Write one safetensors file, atomically; equal models give equal bytes. See docs/file-format.md."""
+    def save(self, path: AnyPath, entropy: bool = False, numbers: Mapping[str, Slice] | None = None) -> None:
+        """Write one safetensors file, atomically; equal models give equal bytes. See docs/file-format.md.
+
+        With ``entropy`` the codes of every tensor that this makes smaller are stored as an ANS stream, which loading undoes
+        exactly; that takes the library constriction, and `InputError` says so where it is not there. With ``numbers`` the
+        tensors may be on the meta device, and each of the file is copied from where ``numbers`` says it lies.
+        """
         tensors = dict(self.rest)
         for name, q in self.tensors.items():
-            _add(tensors, _flat(name, q), path)
+            _add(tensors, _flat(name, q, entropy), path)
         for site, activation in self.activations.items():
             if activation.params is not None:
                 for part, q in zip(("scale", "offset"), activation.params.parts, strict=False):
                     _add(tensors, _flat(f"activation:{site}.{part}", q) if q is not None else {}, path)
-        write_safetensors(path, tensors, {KEY: msgspec.json.encode(_Document.of(self), order="sorted").decode()})
+        _add(tensors, {_table_name(text): table for text, table in _model_tables(self.tensors).items()}, path)
+        coded = any(name.endswith(STREAM) for name in tensors.keys() - self.rest.keys())
+        coded |= any(a.when == "running" for a in self.activations.values())
+        newer = coded or any(q.format.table == MODEL or getattr(q.format.grid, "whole", 0) for q in self.tensors.values())
+        document = _Document.of(self, FORMAT_VERSION if newer else PLAIN_VERSION)
+        found = {name: (numbers or {}).get(name, tensor) for name, tensor in tensors.items()}
+        write_safetensors(path, found, {KEY: msgspec.json.encode(document, order="sorted").decode()})
 
 
-def fake(q: QModel) -> nn.Module:
+def fake(q: QModel, weight: Callable[[QTensor], Weight] = FakeWeight, sites: Mapping[str, Site] | None = None) -> nn.Module:
     """The fake-quantized twin of ``q.module``: real weights, encoded at each use, trainable, and equal to it bit for bit.
+
+    ``weight`` and ``sites`` put other weights and activations in place of the stored ones (`roundel.tune`).
 
     >>> from roundel import quantize
     >>> q, x = quantize(nn.Linear(8, 4), "int4", "int8:dynamic", data=[torch.randn(2, 8)]), torch.randn(2, 8)
@@ -122,11 +145,12 @@ def fake(q: QModel) -> nn.Module:
     True
     """
     own = {name: tensor.clone() for name, tensor in q.rest.items()}  # training it must not change q
-    return _build(replace(q, rest=own), FakeWeight).eval()
+    return _build(replace(q, rest=own), weight, sites).eval()
 
 
-def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
-    """Read a saved model. ``into`` is the network of an External structure; nothing that a file names is ever imported.
+def load(path: AnyPath, into: nn.Module | None = None, *, mapped: bool = False) -> QModel:
+    """Read a saved model. ``into`` is the network of an External structure; nothing that a file names is ever imported. ``mapped``
+    leaves the numbers on disk until they are used.
 
     Raises `InputError` for a file that is damaged, not Roundel's, or of a newer format version.
 
@@ -139,16 +163,18 @@ def load(path: AnyPath, into: nn.Module | None = None) -> QModel:
     if KEY not in metadata:
         raise InputError(f"{show(path)} is no Roundel model: its metadata has no {KEY!r}; quantize a float model first")
     document = _Document.read(metadata[KEY], path)
-    flat, _ = read_safetensors(path)
+    flat = map_safetensors(path) if mapped else read_safetensors(path)[0]
     try:
         tensors = {name: _lift(name, e.format, tuple(e.shape), e.axis, flat) for name, e in document.tensors.items()}
         activations = {}
         for site, entry in document.activations.items():
             fmt = Format.parse(entry.format)
-            if entry.when == "running" or (entry.when == "dynamic" and not site.endswith("input")):
+            if (entry.when == "running") != (entry.tracker is not None) or (entry.when == "dynamic" and not site.endswith("input")):
                 raise ValueError(f"site {site!r} cannot be {entry.when}")
-            params = _lift_params(f"activation:{site}", fmt, flat) if entry.when == "static" else None
-            activations[site] = Activation(fmt, entry.when, params)
+            params = _lift_params(f"activation:{site}", fmt, flat) if entry.when != "dynamic" else None
+            activations[site] = Activation(fmt, entry.when, params, entry.tracker)
+        for text in {str(q.format) for q in tensors.values() if q.format.table == MODEL}:
+            del flat[_table_name(text)]
         if lost := [name for name in flat if name.startswith("activation:")]:
             raise ValueError(f"{lost[0]!r} belongs to no site")
     except (KeyError, ValueError, RuntimeError, IndexError) as err:
@@ -169,9 +195,10 @@ class _TensorEntry(msgspec.Struct, frozen=True):
     axis: int = 0
 
 
-class _ActivationEntry(msgspec.Struct, frozen=True):
+class _ActivationEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     format: str
     when: When
+    tracker: Tracker | None = None
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -191,7 +218,7 @@ class _Document(msgspec.Struct, frozen=True):
     provenance: dict[str, Any]
 
     @classmethod
-    def of(cls, q: QModel) -> _Document:
+    def of(cls, q: QModel, version: int) -> _Document:
         if isinstance(q.structure, Graph):
             structure: dict[str, Any] = {"kind": "graph", "graph": msgspec.json.decode(q.structure.to_json())}
         elif isinstance(q.structure, HF):
@@ -199,10 +226,10 @@ class _Document(msgspec.Struct, frozen=True):
         else:
             structure = {"kind": "external", "factory": q.structure.factory}
         return cls(
-            q.format_version,
+            version,
             structure,
             {name: _TensorEntry(str(t.format), list(t.shape), t.axis) for name, t in q.tensors.items()},
-            {site: _ActivationEntry(str(a.format), a.when) for site, a in q.activations.items()},
+            {site: _ActivationEntry(str(a.format), a.when, a.tracker) for site, a in q.activations.items()},
             q.plan,
             dict(q.tied),
             q.notes,
@@ -257,23 +284,44 @@ def _add(into: dict[str, Tensor], new: Mapping[str, Tensor], path: AnyPath) -> N
     into.update(new)
 
 
-def _flat(name: str, q: QTensor) -> dict[str, Tensor]:
+#: In place of ``.codes``: the codes as an ANS stream.
+STREAM = ".codes.ans"
+
+
+def _table_name(text: str) -> str:
+    return f"model:{text}.table"
+
+
+def _model_tables(tensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
+    """Format text -> the one table of all tensors in it, for formats whose table is the model's."""
+    found: dict[str, Tensor] = {}
+    for name, q in tensors.items():
+        if q.format.table == MODEL and q.table is not None:
+            first = found.setdefault(str(q.format), q.table)
+            if first is not q.table and not torch.equal(first, q.table):
+                raise InputError(f"{name} is in {q.format}, whose table all tensors share, but its table is another one")
+    return found
+
+
+def _flat(name: str, q: QTensor, entropy: bool = False) -> dict[str, Tensor]:
     """The stored tensors of a `QTensor`: ``name.codes``, ``name.scale.codes``, ``name.offset.codes``, ``name.table`` ..."""
-    out = {f"{name}.codes": q.codes}
+    stream = compress(q) if entropy else None
+    out = {f"{name}.codes": q.codes} if stream is None else {f"{name}{STREAM}": stream}
     if q.scale is not None:
-        out |= _flat(f"{name}.scale", q.scale)
+        out |= _flat(f"{name}.scale", q.scale, entropy)
     if q.offset is not None:
-        out |= _flat(f"{name}.offset", q.offset)
-    if q.table is not None:
+        out |= _flat(f"{name}.offset", q.offset, entropy)
+    if q.table is not None and q.format.table != MODEL:
         out[f"{name}.table"] = q.table
     return out
 
 
 def _lift(name: str, fmt: Format | str, shape: tuple[int, ...], axis: int, flat: dict[str, Tensor]) -> QTensor:
-    """The inverse of `_flat`; takes what it uses out of ``flat``."""
+    """The inverse of `_flat`; takes what it uses out of ``flat``, but for a table of the model."""
     fmt = Format.parse(fmt) if isinstance(fmt, str) else fmt
-    codes = flat.pop(f"{name}.codes")
-    bare = QTensor(shape, fmt, codes, axis=axis)
+    stream = flat.pop(f"{name}{STREAM}", None)
+    bare = QTensor(shape, fmt, torch.empty(0, dtype=torch.uint8), axis=axis)
+    codes = flat.pop(f"{name}.codes") if stream is None else restore(bare, stream)
     rows, cols = bare.matrix
     width = -(-(-(-cols // fmt.step) * fmt.bits) // 8)
     if codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, width):
@@ -282,8 +330,14 @@ def _lift(name: str, fmt: Format | str, shape: tuple[int, ...], axis: int, flat:
     scale = _lift(f"{name}.scale", fmt.scale, blocks, 0, flat) if fmt.scale is not None else None
     part = fmt.zero or fmt.min
     offset = _lift(f"{name}.offset", part, blocks, 0, flat) if part is not None else None
-    table = flat.pop(f"{name}.table") if fmt.table is not None else None
-    return replace(bare, scale=scale, offset=offset, table=table)
+    table = None
+    if isinstance(fmt.grid, Codebook):
+        table = flat[_table_name(str(fmt))] if fmt.table == MODEL else flat.pop(f"{name}.table")
+        wanted = (rows if fmt.table == CHANNEL else 1, fmt.grid.k * fmt.grid.dim)
+        dtype = torch.int8 if fmt.grid.whole else DTYPES[fmt.grid.entry]
+        if table.dtype != dtype or tuple(table.shape) != wanted:
+            raise ValueError(f"the table of {name} should be {dtype} of {wanted}, is {table.dtype} of {tuple(table.shape)}")
+    return QTensor(shape, fmt, codes, scale, offset, table, axis)
 
 
 def _lift_params(name: str, fmt: Format, flat: dict[str, Tensor]) -> Stored:
@@ -307,9 +361,10 @@ def _lift_params(name: str, fmt: Format, flat: dict[str, Tensor]) -> Stored:
 # -- the modules ------------------------------------------------------------------------------------------------------
 
 
-def _build(q: QModel, weight: Callable[[QTensor], PackedWeight | FakeWeight]) -> nn.Module:
+def _build(q: QModel, weight: Callable[[QTensor], Weight], sites: Mapping[str, Site] | None = None) -> nn.Module:
+    sites = q.activations if sites is None else sites
     if isinstance(q.structure, Graph):
-        return QGraphModule(q.structure, q.tensors, q.activations, q.rest, weight)
+        return QGraphModule(q.structure, q.tensors, sites, q.rest, weight)
     template = q.template
     if template is None:
         if isinstance(q.structure, External):
@@ -318,7 +373,7 @@ def _build(q: QModel, weight: Callable[[QTensor], PackedWeight | FakeWeight]) ->
         template = huggingface_skeleton(q.structure.config)
     module = share(template)
     _assign(module, q.rest, q.tied)
-    module = install(module, q.tensors, q.tied, q.activations, weight)
+    module = install(module, q.tensors, q.tied, sites, weight)
     if empty := [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]:
         raise InputError(f"{len(empty)} tensors of the network are missing from the file, the first is {empty[0]!r}")
     return module

@@ -12,8 +12,8 @@ from . import options
 from .text import interval_text, notes, print_json, progress_bars, shape_text, table
 
 #: What `roundel.quantize` knows by name, written again because it lives with torch.
-EFFORTS = ("fast", "default")
-SOLVERS = ("rtn", "gptq")
+EFFORTS = ("fast", "default", "best")
+SOLVERS = ("rtn", "gptq", "descent", "alternate")
 
 
 @click.command("inspect")
@@ -86,24 +86,29 @@ def calibrate_command(
 @click.option("--ranges", metavar="M", default="mse", show_default=True, help="minmax, average, percentile[:P], mse or kl.")
 @click.option(
     "--effort", metavar="E", type=click.Choice(EFFORTS), default="fast", show_default=True,
-    help="fast: round to nearest, seconds; default: GPTQ, minutes.",
+    help="fast: round to nearest, seconds; default: GPTQ, minutes; best: blocks are trained too.",
 )  # fmt: skip
-@click.option("--solver", metavar="S", type=click.Choice(SOLVERS), help="Name what chooses the codes outright: rtn or gptq.")
+@click.option("--budget", metavar="T", help="The time that --effort best may take, such as 90s, 5min or 1h.")
+@click.option("--solver", metavar="S", type=click.Choice(SOLVERS), help="Name what chooses the codes outright.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Whatever is drawn at random starts here.")
 @click.option("--strict", is_flag=True, help="A layer left float, a fall-back or a widened format is an error.")
+@click.option("--memory", metavar="SIZE", help="Read, solve and write a folder block by block in at most this much, such as 2GB.")
 @options.state
 @click.option("-o", "--output", "out", metavar="OUT", required=True, help="The artifact to write, one safetensors file.")
 def quantize_command(
     model: str, weights: str | None, activations: str | None, data: str | None, preprocess: str | None, metric: str | None,
-    inputs: tuple[str, ...], exclude: tuple[str, ...], plan: str | None, ranges: str, effort: str,
-    solver: str | None, seed: int, strict: bool, state: str | None, out: str,
+    inputs: tuple[str, ...], exclude: tuple[str, ...], plan: str | None, ranges: str, effort: str, budget: str | None,
+    solver: str | None, seed: int, strict: bool, memory: str | None, state: str | None, out: str,
 ) -> None:  # fmt: skip
     """Quantize MODEL into OUT.
 
     MODEL is a file, a folder, or package.module:factory with its weights in --state. Where DATA
-    has labels, or with --metric, both models are scored on it as well.
+    has labels, or with --metric, both models are scored on it as well. With --memory the same command,
+    run again, goes on where it was stopped.
     """
     options.check_output(out)
+    if memory is not None and (metric or state or inputs):
+        raise InputError("--memory is for a Hugging Face folder, whose model is never held: leave --metric, --state, --inputs away")
     if metric is not None and data is None:
         raise InputError("--metric scores the models on data: give --data as well")
     if plan is not None and not weights is activations is None:
@@ -120,15 +125,16 @@ def quantize_command(
     rules = Plan.read(plan) if plan is not None else None
     steps = options.steps_of(preprocess)
     batches = options.read_data(data, steps, model) if data is not None else None
-    module = options.read_model(model, state, inputs)
-    scoring = options.scoring_of(metric, module, batches)
+    module = options.read_model(model, state, inputs) if memory is None else None
+    scoring = options.scoring_of(metric, module, batches) if module is not None else None
     with progress_bars() as progress:
         q = quantize(
-            module,
+            model if module is None else module,
             weights or "float",
             activations,
             data=batches,
             effort=effort,
+            budget=budget,
             solver=solver,
             ranges=ranges,
             exclude=exclude,
@@ -136,22 +142,30 @@ def quantize_command(
             preprocess=steps,
             seed=seed,
             strict=strict,
+            memory=memory,
+            output=None if module is not None else out,
             progress=progress,
         )
     seen = None
-    if scoring is not None:
+    if scoring is not None and module is not None:
         from ..evaluate import evaluate
 
         seen = evaluate(q, against=module, data=batches, metric=scoring, latency=False, layers=False)
-    q.save(out)
+    if module is not None:
+        q.save(out)
     said = [("weights", "no format was named, so int8 was chosen; roundel formats lists them")] if chosen else []
     if options.given("ranges") and not any(a.when == "static" for a in q.activations.values()):
         said.append(("ranges", f"--ranges {ranges} had no effect: no activation is static"))
     if effort != "fast" and (solver is not None or batches is None):
         why = f"--solver {solver} was named" if solver is not None else "it learns from --data, and there is none"
         said.append(("effort", f"--effort {effort} had no effect: {why}"))
-    notes([*options.read_notes(model, module), *said, *((note.subject, note.text) for note in q.notes)])
+    read = options.read_notes(model, module) if module is not None else []
+    notes([*read, *said, *((note.subject, note.text) for note in q.notes)])
     click.echo(f"{inert(out)}: {size(q.nbytes)}, {number(q.bits)} bits per parameter")
+    if memory is not None:
+        from ..quantize.memory import peak
+
+        click.echo(f"at most {size(peak())} of memory was in use, of {memory} allowed", err=True)
     if seen is not None:
         notes([("data", sentence) for sentence in seen.notes])
         click.echo(f"{seen.metric_name} on the calibration data {number(seen.metric, 4)}, float {number(seen.metric_float, 4)}; "

@@ -16,6 +16,7 @@ from torch import nn
 from ..calibrate import run
 from ..data import Batch, batches
 from ..errors import InputError, PlanError
+from ..network.running import reset, trackers
 from ..network.walk import state
 from ..qmodel import QModel
 from .artifacts import Difference, diff
@@ -103,8 +104,8 @@ def evaluate(
     is a label per sample; perplexity where ids go in and logits (N, T, V) come out, the targets being the ids shifted, or a
     target (N, T) shifted with -100 left out; mse where targets are real numbers; else cosine. Outputs are a tensor, or the
     ``logits``, ``last_hidden_state`` or first tensor of what the model returns; tokens that ``attention_mask`` hides do not
-    count. Outputs that are probabilities are used as such. ``layers`` and ``latency`` switch the slow parts off; ``seed`` is the
-    bootstrap's. Both models run in evaluation mode and are left as they were.
+    count. Running ranges start as in the file, and notes say how they moved. Outputs that are probabilities are used as such.
+    ``layers`` and ``latency`` switch the slow parts off; ``seed`` is the bootstrap's. Both models run in evaluation mode and are left as they were.
 
     Raises `InputError` for data that is empty or does not fit the models, and for outputs that are not finite (with the batch);
     `PlanError` for a metric that does not exist or does not apply.
@@ -123,9 +124,11 @@ def evaluate(
     with _resting(now, before):
         for number, batch in enumerate(batches(data)):
             if scores is None:
+                reset(now, before)  # each begins as its file has it
                 sample = _first(batch)
                 sites = Sites.between(q, against, batch) if layers else None
                 peak = _peak_memory(lambda batch=batch: run(now, batch))  # type: ignore[misc]
+                reset(now)
             real, quantized = sites.run(before, now, batch) if sites else (run(before, batch), run(now, batch))
             if scores is None:
                 scores = Scores.like(batch, real, metric)
@@ -133,8 +136,9 @@ def evaluate(
             inputs.take(batch)
         if scores is None or sample is None:
             raise InputError("the data holds no batches; give at least one")
+        moved = tuple(f"{name}: {told}" for name, part in trackers(now).items() if (told := part.told()) is not None)
         times = _latency(before, now, sample) if latency else (None, None)
-    noted = (*inputs.notes(), *scores.notes(), *(sites.notes() if sites else ()))
+    noted = (*inputs.notes(), *scores.notes(), *(sites.notes() if sites else ()), *moved)
     path = getattr(q, "path", None)
     return Evaluation(
         **scores.figures(seed),
@@ -173,6 +177,7 @@ def _known(metric: str | Metric | None) -> None:
 def _resting(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every submodule gets its own mode back."""
     before = [(part, part.training) for module in modules for part in module.modules()]
+    ranges = [(part, {name: t.clone() for name, t in part.state_dict().items()}) for m in modules for part in trackers(m).values()]
     try:
         for module in modules:
             module.eval()
@@ -181,6 +186,8 @@ def _resting(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, training in before:
             part.training = training
+        for tracker, held in ranges:
+            tracker.load_state_dict(held)
 
 
 def _first(batch: Batch) -> Batch:

@@ -3,24 +3,28 @@
     acc = op(code_x - zero_x, level_w)          exact: integers in float32 below 2^24, else float64
     y   = acc * (scale_x * scale_w) + bias      one named order, float32 unless acc is float64
 
-Straight-through gradients make the same code the fake-quantized twin. What is float here: everything a plan leaves float.
+Straight-through gradients make the same code the fake-quantized twin. What is float here: everything a plan leaves float. Under
+autocast the codes stay exact, and what is float follows autocast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..formats.codec import Stored, block_ranges
+from ..formats.codec import Params, Stored, block_ranges
 from ..formats.format import Format
 from ..formats.grid import Uniform
 from ..formats.qtensor import QTensor, from_matrix, to_matrix
 from ..graph.ops import ACTS, OPS
 from ..plan import When
+
+if TYPE_CHECKING:
+    from .running import Tracker
 
 #: Operations with a weight as their second operand that can compute on codes.
 WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
@@ -43,16 +47,54 @@ def straight(real: Tensor, quantized: Tensor) -> Tensor:
     return _Straight.apply(real, quantized) if real.requires_grad else quantized.to(real.dtype)
 
 
+class Weight(Protocol):
+    """What `weighted` asks of a weight."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums over its levels must not depend on the order of adding; what is being trained takes float32 for speed."""
+
+    def values(self) -> Tensor:
+        """Dequantized, in the weight's shape."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Values of some rows."""
+
+    def levels(self) -> tuple[Tensor, Tensor | None]:
+        """(levels in the weight's shape, scale per output); the scale is None where an output has no single factor."""
+
+
+class Site(Protocol):
+    """What `weighted` and a graph ask of a quantized site: `Activation`, or what is trained in its place."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def when(self) -> When: ...
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(code - zero, scale); without a single factor, (value, None)."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, in its own units."""
+
+
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """How one site is quantized; ``params`` are stored when ``when`` is static, computed from each input when dynamic."""
+    """How one site is quantized; ``params`` are stored when ``when`` is static, computed from each input when dynamic, and where a
+    running one starts, whose ``tracker`` says how it goes on (`running`)."""
 
     format: Format
     when: When = "static"
     params: Stored | None = None
+    tracker: Tracker | None = None
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(code - zero as real numbers, scale that broadcasts to ``x``); without a single factor, (the value itself, None)."""
@@ -68,7 +110,7 @@ class Activation:
         scale = params.scale
         assert scale is not None
         scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(_token_shape(x))
-        return straight(x / _divisor(scale), level), scale
+        return straight(x / divisor(scale), level), scale
 
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` on the grid, in its own units."""
@@ -103,6 +145,7 @@ class PackedWeight(nn.Module):
 
     #: What rows are handed out in: the type the network computes in.
     dtype = torch.float32
+    exact = True
 
     def __init__(self, tensor: QTensor) -> None:
         super().__init__()
@@ -128,6 +171,7 @@ class FakeWeight(nn.Module):
     """The trainable twin of `PackedWeight`: a real weight, encoded anew at each use with the same parameters."""
 
     dtype = torch.float32
+    exact = True
 
     def __init__(self, tensor: QTensor) -> None:
         super().__init__()
@@ -150,6 +194,8 @@ class FakeWeight(nn.Module):
 class FloatWeight(nn.Module):
     """A weight left float, under an input that is quantized all the same."""
 
+    exact = True
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
@@ -169,27 +215,28 @@ def _levels(q: QTensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Levels of the packed codes, or of ``live`` encoded now."""
     fmt, params = q.format, q.params
     codes = q.unpack() if live is None else fmt.encode(to_matrix(live.detach(), q.axis), params)
-    per_output = params.scale is not None and params.scale.shape[1] == 1 and fmt.min is None
-    if not per_output:
+    scale = output_scale(fmt, params, q.matrix[0])
+    if scale is None:
         value = from_matrix(fmt.decode(codes, params)[:, : q.matrix[1]], q.shape, q.axis)
         return (value if live is None else straight(live, value)), None
-    scale = params.scale
-    assert scale is not None
-    if 1 < scale.shape[0] < q.matrix[0]:
-        scale = scale.repeat_interleave(fmt.share.rows, 0)[: q.matrix[0]]
     plain = Stored(torch.ones(1, 1), params.offset, params.table, params.parts)
     level = from_matrix(fmt.decode(codes, plain)[:, : q.matrix[1]], q.shape, q.axis)
     if live is not None:
-        level = straight(live / _divisor(from_matrix(scale.expand(q.matrix), q.shape, q.axis)), level)
+        level = straight(live / divisor(from_matrix(scale.expand(q.matrix), q.shape, q.axis)), level)
     return level, scale.reshape(-1)
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def output_scale(fmt: Format, params: Params, rows: int) -> Tensor | None:
+    """The scale (rows or 1, 1) that is one factor of each output of a weight, or None where there is no such factor."""
+    scale = params.scale
+    if scale is None or scale.shape[1] != 1 or fmt.min is not None:
+        return None
+    return scale.repeat_interleave(fmt.share.rows, 0)[:rows] if 1 < scale.shape[0] < rows else scale
+
+
+def divisor(scale: Tensor) -> Tensor:
     """The scale, or 1 where it is 0 (a pruned row), so that no gradient becomes NaN."""
     return torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale)
-
-
-Weight = PackedWeight | FakeWeight | FloatWeight
 
 
 # -- the arithmetic ---------------------------------------------------------------------------------------------------
@@ -216,7 +263,7 @@ def reach(level: Tensor, axis: int) -> float:
     return float(level.abs().sum(1, dtype=torch.float64).amax()) if bool((level == level.round()).all()) else float("inf")
 
 
-def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias: Tensor | None, site: Activation | None) -> Tensor:
+def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias: Tensor | None, site: Site | None) -> Tensor:
     """One weighted operation, on codes where its input is quantized, on dequantized weights where it is not."""
     if op == "embedding":
         return weight.rows(x).to(weight.dtype)
@@ -232,8 +279,10 @@ def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias:
         level, w_scale = weight.levels()
         if op == "conv_transpose" and attrs.get("groups", 1) != 1 and w_scale is not None:
             level, w_scale = weight.values(), None  # rows are inputs there: no factor per output
-        dtype = exact_dtype(span(site.format) * reach(level, axis) if x_scale is not None else float("inf"))
-        out = OPS[op](code.to(dtype), level.to(dtype), None, **attrs)
+        whole = weight.exact and x_scale is not None
+        dtype = exact_dtype(span(site.format) * reach(level, axis) if whole else float("inf" if weight.exact else 0))
+        with exactly(x):
+            out = OPS[op](code.to(dtype), level.to(dtype), None, **attrs)
         channels = out.ndim - 1 if op == "linear" else 1
         spread = [1] * out.ndim
         if w_scale is not None:
@@ -249,7 +298,12 @@ def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias:
     return ACTS[act](out) if act else out
 
 
-def _codes_by_sample(site: Activation, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def exactly(x: Tensor) -> torch.autocast:
+    """No autocast inside: bfloat16 holds no sum of codes."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _codes_by_sample(site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Codes of a convolution's input: its tokens are samples, also where they are (channels, length)."""
     if x.ndim != 3:
         return site.codes(x)
@@ -260,7 +314,7 @@ def _codes_by_sample(site: Activation, x: Tensor) -> tuple[Tensor, Tensor | None
 class QLayer(nn.Module):
     """A weighted leaf module of an ordinary network, quantized: the module path's counterpart of a graph node."""
 
-    def __init__(self, op: str, attrs: Mapping[str, Any], weight: Weight, bias: Tensor | None, input: Activation | None) -> None:
+    def __init__(self, op: str, attrs: Mapping[str, Any], weight: Weight, bias: Tensor | None, input: Site | None) -> None:
         super().__init__()
         self.op, self.attrs, self.input = op, dict(attrs), input
         self.packed = weight

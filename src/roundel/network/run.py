@@ -1,6 +1,6 @@
 """`QGraphModule` runs a quantized graph from packed weights; `quantized_module` puts packed layers into an ordinary network.
 
-Both compute through `layer.weighted`, and both make the fake-quantized twin by taking `FakeWeight` for `PackedWeight`.
+Both compute through `layer.weighted`, and both make a twin that trains by taking other weights and sites for the stored ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ..formats.qtensor import QTensor
 from ..graph import Graph, Node
 from ..graph.module import Env, Interpreter
 from ..graph.ops import ACTS, OPS
-from .layer import WEIGHTED, Activation, FakeWeight, FloatWeight, PackedWeight, exact_dtype, span, weighted
+from .layer import WEIGHTED, Activation, FloatWeight, PackedWeight, Site, Weight, exact_dtype, exactly, span, weighted
+from .running import Running
 from .sites import find_sites
 
 #: Linear operations of one operand: sums of codes are exact, so they run on codes and are scaled after.
@@ -25,20 +26,21 @@ _SUMS = frozenset(["mean", "avg_pool", "sum"])
 class QGraphModule(Interpreter):
     """The interpreter of a quantized graph: sites are put on their grids, weighted layers compute on codes.
 
-    ``activations`` maps a site (static) or ``layer.input`` (dynamic) to its `Activation`.
+    ``activations`` maps a site (static) or ``layer.input`` (dynamic) to its `Activation`, or to a module that trains in its place.
     """
 
     def __init__(
         self,
         graph: Graph,
         tensors: Mapping[str, QTensor],
-        activations: Mapping[str, Activation],
+        activations: Mapping[str, Site],
         rest: Mapping[str, Tensor],
-        weight: Callable[[QTensor], PackedWeight | FakeWeight] = PackedWeight,
+        weight: Callable[[QTensor], Weight] = PackedWeight,
     ) -> None:
         super().__init__(graph)
-        self.activations = dict(activations)
-        self.weights = nn.ModuleDict({_key(name): weight(q) for name, q in tensors.items()})
+        self.activations = {name: _live(site) for name, site in activations.items()}
+        self.sites = nn.ModuleDict({_key(name): site for name, site in self.activations.items() if isinstance(site, nn.Module)})
+        self.weights = nn.ModuleDict({_key(name): weight(q) for name, q in tensors.items()})  # type: ignore[misc]
         self.rest = nn.ParameterDict(
             {_key(name): nn.Parameter(t.detach(), requires_grad=t.is_floating_point()) for name, t in rest.items()}
         )
@@ -46,15 +48,25 @@ class QGraphModule(Interpreter):
             spec = graph.values.get(node.name)
             if node.op == "embedding" and spec is not None and _key(node.inputs[1]) in self.weights:
                 self.weights[_key(node.inputs[1])].dtype = getattr(torch, spec.dtype)
-        self._root = find_sites(graph).root
+        found = find_sites(graph)
+        self._root = found.root
+        self._made = {name for names in found.origin.values() for name in names}
 
-    def put(self, name: str, weight: PackedWeight | FakeWeight) -> None:
+    def put(self, name: str, weight: Weight) -> None:
         """Take another weight under ``name``."""
-        self.weights[_key(name)] = weight
+        self.weights[_key(name)] = weight  # type: ignore[assignment]
+
+    def packed(self) -> dict[str, Any]:
+        """The weights by name."""
+        return {name.replace("\x1f", "."): weight for name, weight in self.weights.items()}
 
     def move(self, name: str, value: Tensor) -> None:
         """Give a constant that is not packed another value, in runs that have begun too."""
         self.rest[_key(name)].data.copy_(value)
+
+    def floats(self) -> dict[str, nn.Parameter]:
+        """What is not packed, by name."""
+        return {name.replace("\x1f", "."): value for name, value in self.rest.items()}
 
     def constants(self) -> dict[str, Any]:
         found = {name: self.rest[_key(name)] for name in self.structure.constants if _key(name) in self.rest}
@@ -62,7 +74,12 @@ class QGraphModule(Interpreter):
 
     def settled(self, name: str, value: Any) -> Any:
         site = self._static(name)
-        return site.quantize(value) if site is not None and value.is_floating_point() else value
+        if site is None or not value.is_floating_point():
+            return value
+        if name in self._made and isinstance(site, Running):
+            return site.follow(value)
+        # what only moves numbers of a site leaves them on its grid; in training they may be off it on purpose
+        return value if self.training and name not in self._made else site.quantize(value)
 
     def compute(self, node: Node, env: Env) -> Any:
         op = node.op
@@ -75,15 +92,17 @@ class QGraphModule(Interpreter):
         operands = [self._value(env, name) for name in node.inputs]
         if op in _SUMS and (site := self._static(node.inputs[0])):
             code, scale = site.codes(operands[0])
-            if scale is not None and scale.ndim == 0:
+            if scale is not None and (scale.ndim == 0 or isinstance(site, Running)):
                 attrs = {k: v for k, v in node.attrs.items() if k != "act"}
-                out = OPS[op](code.double(), **attrs).to(code.dtype) * scale
+                out = OPS[op](code.double(), **attrs).to(code.dtype)
+                out = out * (scale.reshape(-1, *[1] * (out.ndim - 1)) if scale.ndim else scale)
                 return ACTS[act](out) if (act := node.attrs.get("act")) else out
         if op == "matmul" and (a := self._static(node.inputs[0])) and (b := self._static(node.inputs[1])):
             (code_a, scale_a), (code_b, scale_b) = a.codes(operands[0]), b.codes(operands[1])
             if scale_a is not None and scale_b is not None:
                 dtype = exact_dtype(span(a.format) * span(b.format) * code_a.shape[-1])
-                out = OPS[op](code_a.to(dtype), code_b.to(dtype), **node.attrs)
+                with exactly(code_a):
+                    out = OPS[op](code_a.to(dtype), code_b.to(dtype), **node.attrs)
                 return (out * (scale_a * scale_b).to(dtype)).to(operands[0].dtype)
         return OPS[op](*operands, **node.attrs)
 
@@ -93,9 +112,14 @@ class QGraphModule(Interpreter):
             return self.weights[_key(name)].values()  # type: ignore[operator]
         return env[name]
 
-    def _static(self, name: str) -> Activation | None:
+    def _static(self, name: str) -> Site | None:
         found = self.activations.get(self._root.get(name, ""))
-        return found if found is not None and found.when == "static" else None
+        return found if found is not None and found.when != "dynamic" else None
+
+
+def _live(site: Site) -> Site:
+    """A stored site that follows its numbers, as the module that does it."""
+    return Running(site) if isinstance(site, Activation) and site.when == "running" else site
 
 
 def _key(name: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..formats.qtensor import QTensor
 from ..plan import Slot
-from .layer import Activation, FakeWeight, FloatWeight, PackedWeight, QLayer, Weight
+from .layer import FloatWeight, PackedWeight, QLayer, Site, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,8 @@ def install(
     module: nn.Module,
     tensors: Mapping[str, QTensor],
     ties: Mapping[str, str],
-    activations: Mapping[str, Activation],
-    weight: Callable[[QTensor], PackedWeight | FakeWeight] = PackedWeight,
+    activations: Mapping[str, Site],
+    weight: Callable[[QTensor], Weight] = PackedWeight,
 ) -> nn.Module:
     """Replace the weighted leaves of ``module`` that have a packed tensor or a quantized input, in place and wherever they are
     used; tied layers share one packed weight. Returns the module, or what stands for it where it is itself a leaf."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,26 +14,31 @@ from .. import __version__
 from ..calibrate import Progress, evaluating, list_of_batches, one_thread
 from ..data import Batch, Data, Preprocess, batches
 from ..errors import CheckError, PlanError
+from ..executor import Executor
+from ..files import AnyPath
 from ..network.huggingface import hf_config
 from ..network.layer import Activation
 from ..plan import FLOAT, Choice, Plan
 from ..qmodel import Note, QModel
 from ..ranges import static_activation
-from .checks import check_float, check_numbers, check_weights, refuse
-from .ladder import EFFORTS, climb
+from .checks import check_float, check_numbers, check_weights, refuse, seconds_of
+from .ladder import climb, listed
 from .networks import Network, find_network
+from .running import followed
+from .steps import EFFORTS
 from .weights import round_weights
 
 __all__ = ["EFFORTS", "quantize"]
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     weights: str | None = "int8",
     activations: str | None = None,
     *,
     data: Any = None,
     effort: str = "fast",
+    budget: str | float | None = None,
     solver: str | None = None,
     ranges: str = "mse",
     exclude: Iterable[str] = (),
@@ -40,18 +46,27 @@ def quantize(
     preprocess: Preprocess | None = None,
     seed: int = 0,
     strict: bool = False,
+    memory: str | int | None = None,
+    output: AnyPath | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> QModel:
     """Quantize ``model`` after training.
 
     ``weights`` is a format text. ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one
-    with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``.
-    ``effort`` is fast (round to nearest, seconds) or default (GPTQ, minutes); both then correct the biases of a graph. Such a step
-    is kept only if it brings the model nearer to the float one on every fourth example of ``data``, which it did not learn from;
-    the notes say what was measured. ``solver``, rtn or gptq, names the weights' solver outright. ``ranges`` is minmax, average,
+    with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``,
+    or with ``:running`` (static ones that then follow what passes, see docs/adaptive.md).
+    ``effort`` is fast (round to nearest, seconds), default (equalization, GPTQ; minutes) or best (then each block is trained
+    towards the float block's outputs, for as long as ``budget`` says, such as "5min"); all correct the biases of a graph. Such a
+    step is kept only if it brings the model nearer to the float one on every fourth example of ``data``, which it did not learn
+    from; the notes say what was measured. ``solver`` names what chooses the weights' codes outright. ``ranges`` is minmax, average,
     percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan`` gives rules per layer in place
-    of both formats. ``seed`` is recorded; nothing here is drawn at random yet.
+    of both formats. ``seed`` is where whatever is drawn at random starts.
     Labels in ``data`` are used to check that the float model works at all.
+
+    ``model`` is a module, or what `roundel.read` takes. The Hugging Face folder of a language model is never held in memory where
+    ``output`` names the file to write: block after block is read, solved and written, at most ``memory`` (such as "2GB") is
+    resident, and the same call goes on where an earlier one was stopped. ``executor`` runs layers elsewhere (`roundel.executor`).
 
     With ``strict`` anything that is left float unasked, or done in another way, is a `CheckError`. Raises `PlanError` for a plan
     that does not fit the model, `InputError` for bad data or weights, `FormatError` for numbers that a format cannot hold.
@@ -61,9 +76,28 @@ def quantize(
     >>> q.tensors["0.weight"].bits, q.module(torch.randn(2, 64)).shape
     (4.5, torch.Size([2, 10]))
     """
-    refuse(model, solver, effort, data is not None)
+    path = model if isinstance(model, str | os.PathLike) else None
+    if output is None and (memory is not None or executor is not None):
+        raise PlanError("memory= and executor= are for a folder that is quantized into a file: name it, output=")
+    if path is not None and output is None:
+        from ..readers import read
+
+        model, path = read(path), None
+    refuse(model if path is None else nn.Module(), solver, effort, data is not None)
+    seconds = seconds_of(budget, effort)
     plan = _rules(weights, activations, exclude, plan)
     items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
+    applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
+    provenance = _provenance(effort, solver, ranges, seed, items, applied)
+    if path is not None and output is not None:
+        if effort != "fast" and solver is None:
+            raise PlanError(f"effort={effort!r} compares models, which needs them in memory: name a solver, such as solver='gptq'")
+        from .folder import quantize_folder
+
+        return quantize_folder(path, plan, items, provenance, output=output, memory=memory, solver=solver, executor=executor,
+                               strict=_strict if strict else None, progress=progress)  # fmt: skip
+    if output is not None or not isinstance(model, nn.Module):
+        raise PlanError("output= is for a folder that is quantized block by block; save what this returns: q.save(path)")
     notes: list[Note] = []
     with one_thread(), torch.no_grad(), evaluating(model):
         check_numbers(model)
@@ -72,7 +106,7 @@ def quantize(
         table = network.resolve(plan)
         if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
             raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
-        if any(c and c.when == "static" for name, c in table.items() if name in network.sites) and items is None:
+        if any(c and c.when != "dynamic" for name, c in table.items() if name in network.sites) and items is None:
             raise PlanError("static activations need calibration data (data=, --data); or use ':dynamic' ranges, or weights alone")
         check_weights(network, table, notes)
         if items is not None:
@@ -83,39 +117,54 @@ def quantize(
                     "model", "only the inputs of its weighted layers are quantized, what lies between them is float", fallback=True
                 )
             )
-        provenance = {
-            "roundel": __version__,
-            "torch": str(torch.__version__),
-            "isa": torch.backends.cpu.get_cpu_capability(),
-            "effort": effort,
-            "solver": solver or "rtn",
-            "ranges": ranges,
-            "seed": seed,
-            "calibration_batches": len(items) if items is not None else 0,
-        }
-        applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
-        if applied is not None and applied != Preprocess():
-            provenance["preprocess"] = applied.to_dict()
 
+        @torch.no_grad()
         def near(network: Network) -> QModel:
             """Ranges from the data, weights rounded to nearest: the ladder's foot, also of a network that was transformed."""
             told: list[Note] = []
+            table = network.resolve(plan)
             chosen = _activations(network, table, items or [], ranges, progress, told)
             tensors = round_weights(network, table, progress, told)
             return network.finish(tensors, chosen, plan, provenance, tuple(told))
 
-        q = near(network)
     with one_thread(), evaluating(model):
-        if items is None and effort != "fast" and solver is None:
-            notes.append(Note("model", f"{' and '.join(EFFORTS[effort])} not tried: there is no data to learn from"))
-        if items is not None and q.tensors:
-            q = climb(network, q, near, items, solver, effort, progress, notes)
+        if items is not None:
+            q = climb(network, near, plan, items, solver, effort, seconds, seed, progress, notes)
+        else:
+            q = near(network)
+            if effort != "fast" and solver is None:
+                notes.append(Note("model", f"{listed(EFFORTS[effort])} not tried: there is no data to learn from"))
+        q = followed(q, table, network.known(), items or [])
     q = replace(q, notes=q.notes + tuple(notes))
-    undone = [n for n in q.notes if n.fallback]
-    if strict and undone:
+    if strict:
+        _strict(q.notes)
+    return q
+
+
+def _strict(notes: Sequence[Note]) -> None:
+    """`CheckError` for anything that is left undone, or was done in another way than asked."""
+    undone = [n for n in notes if n.fallback]
+    if undone:
         raise CheckError("strict: " + "; ".join(f"{n.subject}: {n.text}" for n in undone[:5])
                          + (f"; and {len(undone) - 5} more" if len(undone) > 5 else ""))  # fmt: skip
-    return q
+
+
+def _provenance(effort: str, solver: str | None, ranges: str, seed: int, items: list[Batch] | None,
+                preprocess: Preprocess | None) -> dict[str, Any]:  # fmt: skip
+    """What a file says of how it was made."""
+    provenance: dict[str, Any] = {
+        "roundel": __version__,
+        "torch": str(torch.__version__),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "effort": effort,
+        "solver": solver or "rtn",
+        "ranges": ranges,
+        "seed": seed,
+        "calibration_batches": len(items) if items is not None else 0,
+    }
+    if preprocess is not None and preprocess != Preprocess():
+        provenance["preprocess"] = preprocess.to_dict()
+    return provenance
 
 
 def _rules(weights: str | None, activations: str | None, exclude: Iterable[str], plan: Plan | None) -> Plan:
@@ -146,7 +195,7 @@ def _activations(
     notes: list[Note],
 ) -> dict[str, Activation]:
     wanted = {name: c for name, c in table.items() if name in network.sites and c is not None}
-    static = {name for name, c in wanted.items() if c.when == "static"}
+    static = {name for name, c in wanted.items() if c.when != "dynamic"}
     stats = network.stats(items, static, progress) if static else {}
     fixed = network.known()
     chosen: dict[str, Activation] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +18,8 @@ from ..graph import GraphModule
 from ..plan import Choice
 from ..qmodel import Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
-from .ladder import EFFORTS
 from .networks import Network, some
+from .steps import EFFORTS
 
 
 def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
@@ -45,6 +46,23 @@ def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
             raise PlanError(
                 f"{name or 'the model'} is a {type(child).__name__}: it is quantized already; start from the float model"
             )
+
+
+def seconds_of(budget: str | float | None, effort: str) -> float | None:
+    """Seconds of a budget text such as 90s, 5min or 1.5h, or of a number of seconds.
+
+    >>> seconds_of("5min", "best")
+    300.0
+    """
+    if budget is None:
+        return None
+    if effort != "best":
+        raise PlanError(f"budget={budget!r} is the time that effort='best' may take; effort={effort!r} takes what it needs")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|sec|min|m|h)?", str(budget).strip())
+    seconds = float(found[1]) * {"h": 3600, "m": 60}.get((found[2] or "s")[:1], 1) if found else 0.0
+    if not seconds:
+        raise PlanError(f"a budget is a time such as '90s', '5min' or '1h', got {budget!r}")
+    return seconds
 
 
 def check_numbers(model: nn.Module) -> None:
@@ -78,7 +96,8 @@ def check_weights(network: Network, table: Mapping[str, Choice | None], notes: l
     short: dict[int, list[str]] = {}
     for target in network.targets:
         w = target.weight
-        check_finite(target.name, w)
+        if not w.is_meta:
+            check_finite(target.name, w)
         choice = table.get(target.name)
         if choice is None:
             continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,16 +14,11 @@ from ..errors import InputError
 from ..gate import LEAST, Losses, choose, losses, split
 from ..graph import Graph
 from ..network.sweep import MATRIX
+from ..plan import Plan
 from ..qmodel import Constants, Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
-from ..transforms.equalize import equalize
 from .networks import GraphNetwork, Network, some
-
-#: What ``effort`` does after rounding to nearest, in order.
-EFFORTS: dict[str, tuple[str, ...]] = {
-    "fast": ("bias correction",),
-    "default": ("equalization", "GPTQ", "bias correction"),
-}
+from .steps import EFFORTS, STEPS, Means, Rung
 
 #: Examples that a step learns from, and as many that judge it, at most: all their values at one node are in memory together.
 EXAMPLES = 256
@@ -31,102 +27,69 @@ EXAMPLES = 256
 PASSES = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Rung:
-    """A float network, perhaps transformed, and its quantized form."""
-
-    network: Network
-    q: QModel
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """``make`` gives the next rung, or None where there is nothing to do; ``parts`` says whether layers of it can stay alone."""
-
-    name: str
-    make: Callable[[Rung], Rung | None]
-    parts: bool = False
-
-
-#: The foot of the ladder for any network: ranges from the data, weights rounded to nearest.
-Near = Callable[[Network], QModel]
-
-
-def climb(network: Network, q: QModel, near: Near, items: list[Batch], solver: str | None, effort: str,
-          progress: Progress | None, notes: list[Note]) -> QModel:  # fmt: skip
-    """``q``, which is ``near(network)``, after the steps that ``effort`` names, those that were measured to help; a solver that was
-    named is not judged."""
+def climb(
+    network: Network,
+    near: Callable[[Network], QModel],
+    plan: Plan,
+    items: list[Batch],
+    solver: str | None,
+    effort: str,
+    budget: float | None,
+    seed: int,
+    progress: Progress | None,
+    notes: list[Note],
+) -> QModel:
+    """``near(network)`` after the steps that ``effort`` names, those that were measured to help; a solver that was named is not
+    judged. ``budget`` is in seconds: the last step takes what is left of it."""
+    end = None if budget is None else time.monotonic() + budget
+    q = near(network)
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
     judges = sum(map(len, held))
-    if solver in NEED_HESSIAN:
-        q = _solved(network, q, learn if judges >= LEAST else items, solver, progress, notes)
-    steps = [step for step in _steps(near, learn, progress) if step.name in EFFORTS[effort]]
-    steps = [step for step in steps if solver is None or step.name.lower() not in SOLVERS]
-    if not isinstance(network, GraphNetwork):
-        steps = [step for step in steps if step.name not in GRAPH_ONLY]
-    if not steps:
+    if not q.tensors:
         return q
-    names = " and ".join(step.name for step in steps)
+    if solver in NEED_HESSIAN:
+        q = _solved(network, q, learning(items, network.whole), solver, progress, notes)
+    names = [name for name in EFFORTS[effort] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
+    if solver is not None:
+        names = [name for name in names if name.lower() not in SOLVERS]
+    if not names:
+        return q
     if judges < LEAST:
         told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
-        notes.append(Note("model", f"{names} not tried: {told}"))
+        notes.append(Note("model", f"{listed(names)} not tried: {told}"))
         return q
     try:
         loss = losses(network.module, q.module, held)
     except InputError as err:
-        notes.append(Note("model", f"{names} not tried: there is nothing to judge by, {err}"))
+        notes.append(Note("model", f"{listed(names)} not tried: there is nothing to judge by, {err}"))
         return q
-    rung = Rung(network, q)
-    for step in steps:
-        new = step.make(rung)
+    means, rung = Means(near, plan, learn, end, seed, progress), Rung(network, q)
+    for name in names:
+        new = STEPS[name].make(rung, means)
         if new is None:
             continue
         try:
-            rung, loss = _judged(step, rung, new, lambda q: losses(network.module, q.module, held), loss, notes)
+            rung, loss = _judged(name, rung, new, lambda q: losses(network.module, q.module, held), loss, notes)
         except InputError as err:
-            notes.append(Note("model", f"{step.name} not kept: {err}"))
+            notes.append(Note("model", f"{name} not kept: {err}"))
     return rung.q
 
 
-#: Steps that need to know how values flow.
-GRAPH_ONLY = frozenset(["equalization", "bias correction"])
+def listed(names: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _steps(near: Near, learn: list[Batch], progress: Progress | None) -> list[Step]:
-    """Every step there is, in the order in which they are of use to each other."""
-
-    def equalized(rung: Rung) -> Rung | None:
-        assert isinstance(rung.network, GraphNetwork)
-        graph, told = equalize(rung.network.graph)
-        if graph is rung.network.graph:
-            return None
-        network = GraphNetwork(graph, [])
-        q = near(network)
-        return Rung(network, replace(q, notes=q.notes + told))
-
-    def solve(name: str) -> Callable[[Rung], Rung]:
-        def make(rung: Rung) -> Rung:
-            q = rung.network.refined(rung.q, learn, SOLVERS[name], False, progress)
-            return Rung(rung.network, replace(q, provenance={**q.provenance, "solver": name}))
-
-        return make
-
-    def correct(rung: Rung) -> Rung:
-        return Rung(rung.network, rung.network.refined(rung.q, learn, None, True, progress))
-
-    return [Step("equalization", equalized), Step("GPTQ", solve("gptq"), parts=True), Step("bias correction", correct, parts=True)]
-
-
-def _judged(step: Step, old: Rung, new: Rung, measure: Callable[[QModel], Losses], loss: Losses,
+def _judged(name: str, old: Rung, new: Rung, measure: Callable[[QModel], Losses], loss: Losses,
             notes: list[Note]) -> tuple[Rung, Losses]:  # fmt: skip
     """The rung that stays, with its losses."""
-    layers = _changed(old.q, new.q) if step.parts else []
+    layers = _changed(old.q, new.q) if STEPS[name].parts else []
     passes = min(PASSES, 2 * len(layers) - 2)
     kept, best, verdict = choose(layers or ["model"], lambda chosen: measure(_mixed(old.q, new.q, chosen, layers)), loss, passes)
-    notes.append(Note("model", f"{step.name} {'kept' if verdict.kept else 'not kept'}: {verdict}"))
-    if other := [name for name in layers if (name in kept) != verdict.kept]:
+    notes.append(Note("model", f"{name} {'kept' if verdict.kept else 'not kept'}: {verdict}"))
+    if other := [layer for layer in layers if (layer in kept) != verdict.kept]:
         done = "taken back, the model is nearer without it" if verdict.kept else "kept here, where it helps"
-        notes += [Note(name, f"{step.name} {done}") for name in other]
+        notes += [Note(layer, f"{name} {done}") for layer in other]
     return (Rung(new.network, _mixed(old.q, new.q, kept, layers)) if kept else old), best
 
 
@@ -159,13 +122,24 @@ def _solved(network: Network, q: QModel, items: list[Batch], solver: str, progre
             notes: list[Note]) -> QModel:  # fmt: skip
     """Every weight by the solver that was named; those it could not solve are listed."""
     new = network.refined(q, items, SOLVERS[solver], False, progress)
-    if left := [name for name, tensor in new.tensors.items() if tensor is q.tensors[name]]:
-        unseen = [name for name in left if network.ops[name] in MATRIX]
-        notes += [Note(name, f"no example reached it: rounded to nearest, not by {solver}", fallback=True) for name in unseen]
-        if others := [name for name in left if name not in unseen]:
-            told = f"{len(others)} weights are rounded to nearest: {some(others)}"
-            notes.append(Note("model", f"{told}; {solver} solves convolutions and linear layers"))
+    notes += unsolved([name for name, tensor in new.tensors.items() if tensor is q.tensors[name]], network.ops, solver)
     return new
+
+
+def learning(items: list[Batch], whole: bool) -> list[Batch]:
+    """The examples that a solver which was named learns from: those that judge nothing, or all where they are too few to judge."""
+    learn, held = (_limited(part, whole) for part in split(items, whole=whole))
+    return learn if sum(map(len, held)) >= LEAST else items
+
+
+def unsolved(left: Sequence[str], ops: Mapping[str, str], solver: str) -> list[Note]:
+    """What is said of the weights that a solver which was named did not solve."""
+    unseen = [name for name in left if ops[name] in MATRIX]
+    notes = [Note(name, f"no example reached it: rounded to nearest, not by {solver}", fallback=True) for name in unseen]
+    if others := [name for name in left if name not in unseen]:
+        told = f"{len(others)} weights are rounded to nearest: {some(others)}"
+        notes.append(Note("model", f"{told}; {solver} solves convolutions and linear layers"))
+    return notes
 
 
 def _limited(batches: list[Batch], whole: bool) -> list[Batch]:

@@ -30,8 +30,6 @@ from ..qmodel import HF, Constants, External, Note, QModel, share
 from ..ranges import known_ranges
 from ..refine import Solve, refine
 from ..stats import Stats
-from .pieces import by_rows
-
 
 #: The format of sites that are marked fine, where a plan says nothing but fewer bits for everything: TFLite's int16, symmetric.
 FINE, FINE_BITS = "int16s", 16
@@ -78,7 +76,7 @@ class GraphNetwork:
         whole = {slot.name for slot in static} - weights
         kept: dict[str, Choice | None] = {name: table[name] for name in weights}
         for name in whole:
-            kept[name] = c if (c := table[name]) is None or c.when == "static" else None
+            kept[name] = c if (c := table[name]) is None or c.when != "dynamic" else None
         for slot in dynamic:
             if slot.kind == "activation" and (c := table[slot.name]) is not None and c.when == "dynamic":
                 kept[slot.name] = c
@@ -164,7 +162,7 @@ class ModuleNetwork:
             try:
                 with torch.no_grad():
                     walk = Walk(module, names, units(items), MemoryShelf(keep))
-                    sweep_blocks(walk, found, partial(solve_layers, new, solve_one))
+                    sweep_blocks(walk, found, *2 * [partial(solve_layers, new, solve_one)])
                 return replace(q, tensors=new)
             except Entangled as err:
                 last = err

@@ -1,0 +1,128 @@
+"""The steps of the ladder, each a function from one rung to the next; their order and which of them stay is not decided here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..calibrate import Progress
+from ..data import Batch
+from ..gate import split
+from ..graph import GraphModule
+from ..plan import FLOAT, Plan
+from ..qmodel import Note, QModel
+from ..solvers import SOLVERS
+from ..transforms import equalize, smooth
+from ..tune.endtoend import Teaching, tune_model
+from ..tune.reconstruct import reconstruct
+from ..tune.tuner import Tuning
+from .networks import GraphNetwork, ModuleNetwork, Network
+
+
+@dataclass(frozen=True, eq=False)
+class Rung:
+    """A float network, perhaps transformed, and its quantized form."""
+
+    network: Network
+    q: QModel
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """What steps work with: ``near`` gives the ladder's foot for any network (ranges from the data, weights rounded to nearest),
+    ``learn`` the examples they may learn from, ``end`` the clock's time at which the last of them must be done."""
+
+    near: Callable[[Network], QModel]
+    plan: Plan
+    learn: Sequence[Batch]
+    end: float | None = None
+    seed: int = 0
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """``make`` gives the next rung, or None where there is nothing to do; ``graph``: it needs to know how values flow; ``parts``:
+    its layers can stay one by one."""
+
+    make: Callable[[Rung, Means], Rung | None]
+    graph: bool = False
+    parts: bool = False
+
+
+def equalization(rung: Rung, means: Means) -> Rung | None:
+    return _transformed(rung, means, *equalize(rung.network.module))
+
+
+def smoothing(rung: Rung, means: Means) -> Rung | None:
+    weights, activations = means.plan.rules[0].weight, means.plan.rules[0].activation
+    if weights in (None, FLOAT) or activations in (None, FLOAT):
+        return None  # where activations are float nothing is gained by moving their scale into weights
+    return _transformed(rung, means, *smooth(rung.network.module, means.learn, weights, activations))
+
+
+def _transformed(rung: Rung, means: Means, module: nn.Module, told: Sequence[Note]) -> Rung | None:
+    """The transformed network quantized anew, by the same plan; None where it came back as it was."""
+    if module is rung.network.module:
+        return None
+    network: Network = GraphNetwork(module.graph, []) if isinstance(module, GraphModule) else ModuleNetwork(module, [])
+    q = means.near(network)
+    return Rung(network, replace(q, notes=(*q.notes, *told)))
+
+
+def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
+    """Every weight by a solver."""
+
+    def make(rung: Rung, means: Means) -> Rung:
+        q = rung.network.refined(rung.q, list(means.learn), SOLVERS[name], False, means.progress)
+        return Rung(rung.network, replace(q, provenance={**q.provenance, "solver": name}))
+
+    return make
+
+
+def bias_correction(rung: Rung, means: Means) -> Rung:
+    return Rung(rung.network, rung.network.refined(rung.q, list(means.learn), None, True, means.progress))
+
+
+def reconstruction(rung: Rung, means: Means) -> Rung:
+    assert isinstance(rung.network.module, GraphModule)
+    q = reconstruct(rung.q, rung.network.module, means.learn, how=Tuning(seed=means.seed), seconds=_left(means),
+                    progress=means.progress)  # fmt: skip
+    return Rung(rung.network, q)
+
+
+#: Steps of end-to-end tuning where no budget says how long.
+TEACHING_STEPS = 300
+
+
+def teaching(rung: Rung, means: Means) -> Rung:
+    learn, held = split(means.learn, 5, whole=rung.network.whole)
+    left = _left(means)
+    how = Teaching(TEACHING_STEPS if left is None else None, left, seed=means.seed)
+    return Rung(rung.network, tune_model(rung.q, rung.network.module, learn, held, how, means.progress))
+
+
+def _left(means: Means) -> float | None:
+    """Seconds until the end, at least one."""
+    return None if means.end is None else max(1.0, means.end - time.monotonic())
+
+
+#: Name, as notes call it -> step, in the order in which they are of use to each other.
+STEPS: dict[str, Step] = {
+    "equalization": Step(equalization, graph=True),
+    "smoothing": Step(smoothing),
+    "GPTQ": Step(solving("gptq"), parts=True),
+    "bias correction": Step(bias_correction, graph=True, parts=True),
+    "reconstruction": Step(reconstruction, graph=True),
+    "end-to-end tuning": Step(teaching),
+}
+
+#: What ``effort`` does after rounding to nearest.
+EFFORTS: dict[str, tuple[str, ...]] = {
+    "fast": ("bias correction",),
+    "default": ("equalization", "GPTQ", "bias correction"),
+    "best": ("equalization", "smoothing", "GPTQ", "bias correction", "reconstruction", "end-to-end tuning"),
+}
