@@ -3,10 +3,13 @@
     python scripts/drift.py --model ResNet-20 --samples 300
     python scripts/drift.py --model DS-CNN --drift gain --plot drift.svg
 
-A stream is `--samples` scored examples in a fixed random order, one after the other; what drifts does so from `--onset` on. Rows:
-static ranges; dynamic ones, which for images are the same per tensor (one example at a time) and per token; static ranges with each
-example's mean and deviation put back to calibration's; running ranges. Figures: KL(float || quantized) in nats and flips over what
-comes after the onset, and how many examples pass until the mean KL of the last 25 is within 1.5 times its level at the end.
+A stream is `--samples` scored examples in a fixed random order, one after the other; what drifts does so from `--onset` on. Columns:
+static ranges; static ones with each example's mean and deviation put back to calibration's; running ranges; static ranges calibrated
+on data that drift likewise, which no range that one sees before the stream can beat; dynamic ranges of the inputs of weighted layers
+(all else is float there; for images the same per token and, one example at a time, per tensor).
+
+Figures over what comes after the onset: KL(float || quantized) in nats, flips, top-1; for running ranges also how many examples pass
+until the mean KL of 25 stays within 1.5 times what the same examples cost once the ranges have settled (in a second pass).
 """
 
 from __future__ import annotations
@@ -29,12 +32,16 @@ from roundel.report.svg import WIDTH, Axis, axis, tick_label
 #: Examples that a recovery is averaged over, and how far above the final level counts as recovered.
 WINDOW, BACK = 25, 1.5
 
+#: Drifts that change no example for good: calibrating on them would be no help.
+SAME = ("none", "slow", "burst", "class-skewed")
+
 Drift = Callable[[Tensor, int], Tensor]
 
 
 def _measure() -> ModuleType:
     spec = importlib.util.spec_from_file_location("measure", Path(__file__).with_name("measure.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["measure"] = module
     spec.loader.exec_module(module)
@@ -86,7 +93,7 @@ def drifts(onset: int, scale: float) -> dict[str, Drift]:
 # -- one stream -------------------------------------------------------------------------------------------------------
 
 
-def outputs(module: nn.Module, x: Tensor) -> Tensor:
+def outputs(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Class probabilities of a stream, by batches: a batch is its samples one after the other for all that runs here."""
     with torch.no_grad():
         out = torch.cat([module(part) for part in x.split(50)])
@@ -100,12 +107,12 @@ def divergence(real: Tensor, quantized: Tensor) -> Tensor:
     return (p * (p / q).log()).sum(1)
 
 
-def recovered(kl: Tensor, onset: int) -> int | None:
-    """Examples after ``onset`` until the mean of the last `WINDOW` stays within `BACK` times the level of the last third."""
-    level = float(kl[-(len(kl) - onset) // 3 :].mean())
-    means = kl[onset:].unfold(0, WINDOW, 1).mean(1)
-    late = (means > BACK * level).nonzero()
-    return 0 if not len(late) else int(late[-1]) + 1 if int(late[-1]) + 1 < len(means) else None
+def recovered(kl: Tensor, settled: Tensor) -> int | None:
+    """Examples until the mean of the next `WINDOW` stays within `BACK` times what it is when the ranges have settled."""
+    first, second = (part.unfold(0, WINDOW, 1).mean(1) for part in (kl, settled))
+    late = (first > BACK * second).nonzero()
+    after = int(late[-1]) + 1 if len(late) else 0
+    return after if after < len(first) else None
 
 
 def renormalised(module: nn.Module, mean: float, deviation: float) -> Callable[[Tensor], Tensor]:
@@ -151,48 +158,48 @@ def plot(curves: dict[str, Tensor], title: str) -> str:
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.option("--model", "name", type=click.Choice(["ResNet-20", "DS-CNN"]), default="ResNet-20", show_default=True)
+@click.option("--model", type=click.Choice(["ResNet-20", "DS-CNN"]), default="ResNet-20", show_default=True)
 @click.option("--samples", default=300, show_default=True, help="Examples in a stream.")
 @click.option("--onset", default=100, show_default=True, help="The first example that drifts.")
 @click.option("--calibrate", "count", default=500, show_default=True, help="Examples to calibrate on.")
 @click.option("--drift", "wanted", multiple=True, help="Only these drifts.")
 @click.option("--plot", "picture", type=click.Path(), help="Write the KL of the last drift as SVG.")
-def main(name: str, samples: int, onset: int, count: int, wanted: Sequence[str], picture: str | None) -> None:
+def main(model: str, samples: int, onset: int, count: int, wanted: Sequence[str], picture: str | None) -> None:
     torch.set_num_threads(1)
-    case = _measure().CASES[name]
+    case = _measure().CASES[model]
     net, calibration, score = case.model().eval(), case.calibrate(), case.score()
     data = [batch.args[0] for batch in calibration][:: max(1, len(calibration) // count)]
     x, labels = torch.cat([b.args[0] for b in score]), torch.cat([b.target for b in score])
     mean, deviation = float(torch.cat(data).mean()), float(torch.cat(data).std())
-    made = {text: rd.quantize(net, "int8", text, data=data) for text in ("int8", "int8/token:dynamic", "int8:running")}
-    static, dynamic, running = (q.module for q in made.values())
-    methods: dict[str, Callable[[Tensor], Tensor]] = {
-        "static": static,
-        "dynamic": dynamic,
-        "re-normalised": renormalised(static, mean, deviation),
-        "running": running,
-    }
+    static, dynamic, running = (
+        rd.quantize(net, "int8", text, data=data) for text in ("int8", "int8/token:dynamic", "int8:running")
+    )
+    whole = torch.cat(data)
     click.echo(f"`python scripts/drift.py {' '.join(sys.argv[1:])}`\n")
-    click.echo("| drift | float top-1 | " + " | ".join(f"{m}: KL, flips, top-1, recovery" for m in methods) + " |")
-    click.echo("| --- " * (len(methods) + 2) + "|")
+    names = ("static", "re-normalised", "running", "recalibrated", "dynamic inputs")
+    click.echo("| drift | float top-1 | " + " | ".join(names) + " | recovery |")
+    click.echo("| --- " * (len(names) + 3) + "|")
     for drift, change in drifts(onset, deviation).items():
         if wanted and drift not in wanted:
             continue
         stream, truth = ordered(x, labels, samples, drift == "class-skewed")
         stream = change(stream, onset)
         real = outputs(net, stream)
+        same = static if drift in SAME else rd.quantize(net, "int8", "int8", data=[drifts(0, deviation)[drift](whole, 0)])
+        methods = (static.module, renormalised(static.module, mean, deviation), running.module, same.module, dynamic.module)
         cells, curves = [f"{(real.argmax(1) == truth)[onset:].double().mean():.1%}"], {}
-        for method, module in methods.items():
-            reset(running)
-            got = outputs(module, stream)  # type: ignore[arg-type]
-            kl = curves[method] = divergence(real, got)
+        reset(running.module)
+        for name, module in zip(names, methods, strict=True):
+            got = outputs(module, stream)
+            kl = curves[name] = divergence(real, got)
             flips = (got.argmax(1) != real.argmax(1))[onset:].double().mean()
             right = (got.argmax(1) == truth)[onset:].double().mean()
-            back = recovered(kl, onset + 50 if drift == "burst" else onset)
-            cells.append(f"{kl[onset:].mean():.4f}, {flips:.1%}, {right:.1%}, {'never' if back is None else back}")
-        click.echo("| " + " | ".join([drift, *cells]) + " |")
+            cells.append(f"{kl[onset:].mean():.4f}, {flips:.1%}, {right:.1%}")
+        start = onset + 50 if drift == "burst" else onset
+        back = recovered(curves["running"][start:], divergence(real[start:], outputs(running.module, stream[start:])))
+        click.echo("| " + " | ".join([drift, *cells, "never" if back is None else str(back)]) + " |")
         if picture:
-            Path(picture).write_text(plot(curves, f"{name}, {drift}: KL, mean of {WINDOW} examples"))
+            Path(picture).write_text(plot(curves, f"{model}, {drift}: KL, mean of {WINDOW} examples"))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def _fit(module: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int) -> Non
 @main.command()
 @click.option("--epochs", default=12, show_default=True)
 @click.option("--seeds", default=5, show_default=True)
-def digits(epochs: int, seeds: int) -> None:
+@click.option("--learn", default="step", show_default=True, help="What moves at activations: step, clip, ema.")
+def digits(epochs: int, seeds: int, learn: str) -> None:
     """A small CNN on 8x8 digits, quantized before it knows anything and trained from there; 597 digits score."""
     x, y, x_score, y_score = _digits()
     print(f"`python scripts/qat.py {' '.join(sys.argv[1:])}`\n")
@@ -210,7 +211,7 @@ def digits(epochs: int, seeds: int) -> None:
             net: nn.Module = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, 2, 1), nn.ReLU(),
                                            nn.Flatten(), nn.Linear(256, 10))  # fmt: skip
             if bits is not None:
-                net = prepare(net, f"int{bits}", f"int{bits}", data=[x[:300]])
+                net = prepare(net, f"int{bits}", f"int{bits}", data=[x[:300]], learn=learn, momentum=0.1)  # type: ignore[arg-type]
             _fit(net, x, y, epochs, seed)
             final = net.eval() if bits is None else convert(net).module
             with torch.no_grad():

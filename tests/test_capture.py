@@ -417,6 +417,13 @@ def test_write_into_a_buffer_is_refused() -> None:
 
 
 @pytest.mark.proves("inputs.meta")
+def test_one_tensor_given_for_two_inputs_stands_for_two() -> None:
+    """torch.export would read the second input for both."""
+    x = torch.randn(3, 4)
+    graph = capture(Fn(lambda a, b: a.relu() - b.sigmoid()), (x, x))
+    assert [node.inputs for node in graph][:2] == [(graph.inputs[0],), (graph.inputs[1],)]
+
+
 def test_meta_tensors_are_named() -> None:
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))

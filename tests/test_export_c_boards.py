@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import needs_data
 from integer_graphs import Drawing, draw
-from real_models import ds_cnn, resnet20_q
+from real_models import ds_cnn, kwt1, resnet20_q
 from test_export_c import compare, feed
 
-from roundel import InputError, lower
+from roundel import InputError, lower, simulate
 from roundel.exporters.c.emit import emit
 from roundel.exporters.c.project import simulated
 from roundel.graph import Graph, Node, Spec
@@ -85,11 +85,37 @@ def test_ds_cnn_on_boards(name: str, tmp_path: Path) -> None:
     q, x = ds_cnn()
     graph = lower(q)
     want: dict[str, Any] = {}
-    from roundel import simulate
-
     simulate(graph, x[:5], watch=want.__setitem__)
     got = qemu.run(q, graph, {"input_1": want["input_1.codes"]}, tmp_path, name)
     assert compare(graph, got, want) > 300_000
+
+
+#: Larger networks, and the boards whose memories do not hold them.
+LARGE = {"ResNet-20": (resnet20_q, {"qemu-cortex-m0"}), "KWT-1": (kwt1, {"qemu-cortex-m0", "qemu-cortex-m55"})}
+
+
+@needs_data
+@pytest.mark.soak
+@pytest.mark.proves("c.boards.large")
+@pytest.mark.parametrize("name", qemu.BOARDS)
+@pytest.mark.parametrize("network", LARGE)
+def test_larger_networks_on_boards(network: str, name: str, tmp_path: Path) -> None:
+    """Five inputs, every value; or what the board lacks, before anything runs."""
+    playable(name)
+    make, small = LARGE[network]
+    q, x = make()
+    graph = lower(q)
+    want: dict[str, Any] = {}
+    simulate(graph, x[:5], watch=want.__setitem__)
+    codes = {graph.inputs[0]: want[f"{graph.inputs[0]}.codes"]}
+    if name in small:
+        with pytest.raises(InputError, match=rf"does not fit {name}: \w+ needs [\d,]+ bytes, has [\d,]+") as err:
+            qemu.run(q, graph, codes, tmp_path, name)
+        print(err.value)
+        return
+    total = compare(graph, qemu.run(q, graph, codes, tmp_path, name), want)
+    print(f"{network} on {name}: 0 of {total:,} codes differ")
+    assert total > 1_500_000
 
 
 @needs_data

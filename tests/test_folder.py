@@ -272,7 +272,7 @@ def steps(model: Path, out: Path) -> int:
     return total
 
 
-@pytest.mark.proves("resume.kill")
+@pytest.mark.proves("resume.kill", "inputs.resume")
 def test_killed_and_run_again_it_ends_in_the_same_bytes(llama: Path, wanted: str, tmp_path: Path) -> None:
     total = steps(llama, tmp_path / "whole")
     assert sha(tmp_path / "whole") == wanted
@@ -315,7 +315,7 @@ def test_a_full_disk_loses_nothing(llama: Path, wanted: str, tmp_path: Path) -> 
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for at in (2, 60, 200):
+    for at in (2, 60, 100):
 
         def work(at: int = at) -> None:
             counting(at, full)

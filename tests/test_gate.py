@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -462,3 +463,64 @@ def test_a_network_whose_channels_were_rescaled_is_equalized_and_quantized_by_th
     assert mended < 1.2 * untouched
     assert sites["fast"] == sites["default"]
     assert len(sites["default"]) == 3
+
+
+@pytest.mark.proves("effort.loss")
+def test_a_loss_ends_the_climb_or_is_said_to_be_missed() -> None:
+    model, x = classifier(), torch.randn(160, 8)
+    whole = rd.quantize(model, "int3", data=[x], effort="default")
+    done = {step for step in ("equalization", "GPTQ", "bias correction") if any(n.text.startswith(step) for n in whole.notes)}
+    assert "GPTQ" in done
+    at_once = rd.quantize(model, "int3", data=[x], effort="default", loss=1e3, strict=True)
+    assert [note.text.split(":")[0] for note in at_once.notes] == [
+        "equalization, GPTQ and bias correction not needed for a loss of 1000"
+    ]
+    near = rd.quantize(model, "int3", data=[x])
+    assert all(torch.equal(at_once.tensors[name].codes, near.tensors[name].codes) for name in near.tensors)
+    missed = rd.quantize(model, "int3", data=[x], effort="default", loss=1e-9)
+    assert missed.notes[-1].text.startswith("the loss of 1e-09 that was asked for is missed: it is ")
+    assert all(torch.equal(missed.tensors[name].codes, whole.tensors[name].codes) for name in whole.tensors)
+    with pytest.raises(rd.CheckError, match="is missed"):
+        rd.quantize(model, "int3", data=[x], effort="default", loss=1e-9, strict=True)
+    with pytest.raises(rd.PlanError, match="above 0"):
+        rd.quantize(model, "int3", data=[x], loss=0.0)
+
+
+@pytest.mark.proves("effort.default")
+def test_a_solver_that_is_named_solves_the_network_that_the_transforms_leave() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        size = 10 ** torch.linspace(-1, 1, 32)
+        model[0].weight *= size[:, None]
+        model[2].weight /= size
+    x = torch.randn(200, 16) @ torch.randn(16, 16)
+    q = rd.quantize(model, "int3/tensor", data=[x], effort="default", solver="descent")
+    assert [note.text.split(":")[0] for note in q.notes if "kept" in note.text][0] == "equalization kept"
+    near = rd.quantize(model, "int3/tensor", data=[x], effort="default", solver="rtn")
+    assert any(not torch.equal(q.tensors[name].codes, near.tensors[name].codes) for name in q.tensors)
+    assert q.provenance["solver"] == "descent"
+
+
+@pytest.mark.proves("effort.budget")
+@pytest.mark.parametrize(("budget", "text"), [("5 lightyears", "such as '90s'"), ("0s", "such as '90s'"), (-3, "such as '90s'")])
+def test_a_budget_is_a_time(budget: str | float, text: str) -> None:
+    with pytest.raises(rd.PlanError, match=text):
+        rd.quantize(classifier(), "int4", data=[torch.randn(64, 8)], effort="best", budget=budget)
+    with pytest.raises(rd.PlanError, match="effort='best' may take"):
+        rd.quantize(classifier(), "int4", data=[torch.randn(64, 8)], budget="5min")
+
+
+@pytest.mark.proves("effort.best", "effort.budget")
+def test_best_effort_ends_nearer_than_default_within_its_budget() -> None:
+    torch.manual_seed(3)
+    model = settle(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 6)))
+    x, unseen = torch.rand(400, 1, 8, 8), [Batch((torch.rand(300, 1, 8, 8),))]
+    begin = time.process_time()
+    q = {effort: rd.quantize(model, "int2", "int4", data=[x], effort=effort, budget="8s" if effort == "best" else None)
+         for effort in ("default", "best")}  # fmt: skip
+    assert time.process_time() - begin < 30
+    kl = {effort: float(losses(model, one.module, unseen)[0].mean()) for effort, one in q.items()}  # type: ignore[union-attr]
+    assert kl["best"] <= kl["default"]
+    assert any(note.text.startswith(("reconstruction", "end-to-end tuning")) for note in q["best"].notes)
+    assert q["best"].nbytes == q["default"].nbytes

@@ -6,6 +6,7 @@ The guided Hessian of a layer is X^T diag(s) X, s_i being the mean over outputs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,40 @@ def hessians(module: nn.Module, batches: Sequence[Batch], only: Container[str] |
                     moment = second_moment(rows, _importance(one, slopes[name][i], rows) if guided else None)
                     sums[one.weight] = sums[one.weight] + moment if one.weight in sums else moment
     return sums
+
+
+def backward_bytes(module: nn.Module, batches: Sequence[Batch], only: Container[str] | None = None) -> int:
+    """How many bytes guided `hessians` take at most, beside the network: what a forward pass over the longest batch keeps for the
+    way back, the gradients there, and the Hessians. Nothing is kept to find out.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    >>> backward_bytes(net, [Batch((torch.randn(8, 3),))]) == 4 * 8 * (3 + 4 + 4) + 4 * 8 * (4 + 2) + 8 * (3 * 3 + 4 * 4)
+    True
+    """
+    wanted = {name: one for name, one in _layers(module).items() if only is None or one.weight in only}
+    _, gives = _sites(wanted)
+    weights = {p.data_ptr() for p in module.parameters()}
+    total = 0
+
+    def keep(value: Tensor) -> None:
+        nonlocal total
+        total += value.numel() * value.element_size() * (value.data_ptr() not in weights)
+
+    def see(site: str, value: Tensor) -> None:
+        if site in gives:
+            keep(value)
+
+    longest = max(batches, key=lambda batch: next(iter([*batch.args, *batch.named.values()])).numel())
+    with evaluating(module), torch.enable_grad(), watching(module, see), torch.autograd.graph.saved_tensors_hooks(keep, _never):
+        module(*longest.args, **longest.named)
+    for one in wanted.values():
+        cols = math.prod(one.shape[1:])
+        total += 8 * cols * cols * int(one.attrs.get("groups", 1))
+    return total
+
+
+def _never(_: None) -> Tensor:
+    raise RuntimeError("this pass keeps nothing to go back with")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .text import interval_text, notes, print_json, progress_bars, shape_text, t
 
 #: What `roundel.quantize` knows by name, written again because it lives with torch.
 EFFORTS = ("fast", "default", "best")
-SOLVERS = ("rtn", "gptq", "descent", "alternate")
+SOLVERS = ("rtn", "hqq", "gptq", "descent", "alternate")
 
 
 @click.command("inspect")
@@ -89,16 +89,18 @@ def calibrate_command(
     help="fast: round to nearest, seconds; default: GPTQ, minutes; best: blocks are trained too.",
 )  # fmt: skip
 @click.option("--budget", metavar="T", help="The time that --effort best may take, such as 90s, 5min or 1h.")
+@click.option("--loss", type=float, metavar="X", help="Go no farther than to this divergence from the float model.")
 @click.option("--solver", metavar="S", type=click.Choice(SOLVERS), help="Name what chooses the codes outright.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Whatever is drawn at random starts here.")
 @click.option("--strict", is_flag=True, help="A layer left float, a fall-back or a widened format is an error.")
 @click.option("--memory", metavar="SIZE", help="Read, solve and write a folder block by block in at most this much, such as 2GB.")
+@click.option("--entropy", is_flag=True, help="Store the codes entropy-coded: a smaller file of the same model, slower to read.")
 @options.state
 @click.option("-o", "--output", "out", metavar="OUT", required=True, help="The artifact to write, one safetensors file.")
 def quantize_command(
     model: str, weights: str | None, activations: str | None, data: str | None, preprocess: str | None, metric: str | None,
     inputs: tuple[str, ...], exclude: tuple[str, ...], plan: str | None, ranges: str, effort: str, budget: str | None,
-    solver: str | None, seed: int, strict: bool, memory: str | None, state: str | None, out: str,
+    loss: float | None, solver: str | None, seed: int, strict: bool, memory: str | None, entropy: bool, state: str | None, out: str,
 ) -> None:  # fmt: skip
     """Quantize MODEL into OUT.
 
@@ -107,8 +109,8 @@ def quantize_command(
     run again, goes on where it was stopped.
     """
     options.check_output(out)
-    if memory is not None and (metric or state or inputs):
-        raise InputError("--memory is for a Hugging Face folder, whose model is never held: leave --metric, --state, --inputs away")
+    if memory is not None and (metric or state or inputs or entropy):
+        raise InputError("--memory streams a folder that is never held whole: leave --metric, --state, --inputs, --entropy away")
     if metric is not None and data is None:
         raise InputError("--metric scores the models on data: give --data as well")
     if plan is not None and not weights is activations is None:
@@ -135,6 +137,7 @@ def quantize_command(
             data=batches,
             effort=effort,
             budget=budget,
+            loss=loss,
             solver=solver,
             ranges=ranges,
             exclude=exclude,
@@ -152,13 +155,12 @@ def quantize_command(
 
         seen = evaluate(q, against=module, data=batches, metric=scoring, latency=False, layers=False)
     if module is not None:
-        q.save(out)
+        q.save(out, entropy=entropy)
     said = [("weights", "no format was named, so int8 was chosen; roundel formats lists them")] if chosen else []
     if options.given("ranges") and not any(a.when == "static" for a in q.activations.values()):
         said.append(("ranges", f"--ranges {ranges} had no effect: no activation is static"))
-    if effort != "fast" and (solver is not None or batches is None):
-        why = f"--solver {solver} was named" if solver is not None else "it learns from --data, and there is none"
-        said.append(("effort", f"--effort {effort} had no effect: {why}"))
+    if effort != "fast" and batches is None:
+        said.append(("effort", f"--effort {effort} had no effect: it learns from --data, and there is none"))
     read = options.read_notes(model, module) if module is not None else []
     notes([*read, *said, *((note.subject, note.text) for note in q.notes)])
     click.echo(f"{inert(out)}: {size(q.nbytes)}, {number(q.bits)} bits per parameter")

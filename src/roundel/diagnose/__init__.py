@@ -16,9 +16,11 @@ from ..errors import PlanError, RoundelError
 from ..qmodel import Note, QModel
 from .clues import CLUES, Suspect
 from .evidence import Evidence, gather
-from .inputs import wrong_inputs
+from .inputs import against_labels, wrong_inputs
+from .loss import apart, outputs
+from .machine import as_computed
 
-__all__ = ["Finding", "diagnose"]
+__all__ = ["Finding", "diagnose", "promise"]
 
 #: Least loss before that is worth a word: nats, or the share of the outputs' variance.
 LEAST = 1e-3
@@ -94,6 +96,21 @@ def diagnose(q: QModel, model: nn.Module, data: Any, *, vnni: bool = True) -> li
         tried = [(rank, finding) for rank, clue in enumerate(CLUES) for suspect in clue(evidence)
                  if (finding := _tried(evidence, suspect)) is not None]  # fmt: skip
     return _ranked(tried)
+
+
+def promise(found: Finding, q: QModel, model: nn.Module, data: Any, *, vnni: bool = True) -> tuple[float, float]:
+    """(loss of ``q``, loss with the cure of ``found``) on other data than it was found on, in the finding's own unit: what its
+    ``gain`` promised, and what it kept.
+
+    Raises `InputError` where the models cannot run on the data.
+    """
+    items = list_of_batches(batches(data))
+    with one_thread(), torch.no_grad(), evaluating(model):
+        if found.mend is not None:
+            mended = [found.mend(batch) for batch in items]
+            return tuple(float(against_labels(one, model, part).mean()) for one, part in ((q, items), (found.model, mended)))  # type: ignore[return-value]
+        wanted = outputs(model, items)
+        return tuple(float(apart(items, wanted, outputs(as_computed(one, vnni), items)).mean()) for one in (q, found.model))  # type: ignore[return-value]
 
 
 def _tried(e: Evidence, suspect: Suspect) -> Finding | None:

@@ -182,9 +182,11 @@ def concatenated(e: Evidence) -> Iterator[Suspect]:
         reach = {name: _usual(e.own[name]) for name in edges(node) if name in e.own}
         if len(reach) > 1 and max(reach.values()) > UNLIKE * max(min(reach.values()), 1e-30):
             most, least = max(reach, key=lambda n: reach[n]), min(reach, key=lambda n: reach[n])
-            told = (f"{most} reaches {reach[most]:.3g}, {least} {reach[least]:.3g}: give back each part by itself, or take 16 bits here "
-                    f"(rule {site} = {FINE})")  # fmt: skip
-            yield Suspect(node.name, "one scale over concatenated parts", told, partial(with_format, e.q, site, e.stats[site], FINE))
+            said = f"{most} reaches {reach[most]:.3g}, {least} {reach[least]:.3g}"
+            cause = "one scale over concatenated parts"
+            yield Suspect(node.name, cause, f"equalize the channels, so that the parts are alike ({said})", partial(_equalized, e))
+            yield Suspect(node.name, cause, f"give each part back by itself, or take 16 bits here ({said}; rule {site} = {FINE})",
+                          partial(with_format, e.q, site, e.stats[site], FINE))  # fmt: skip
 
 
 def wrong_range(e: Evidence) -> Iterator[Suspect]:
@@ -234,7 +236,7 @@ def dead(e: Evidence) -> Iterator[Suspect]:
         return
     for node in e.graph.nodes:
         weight = e.floats.get(node.inputs[1]) if node.op in ("conv", "linear") else None
-        seen = e.own.get(node.name)
+        seen = e.real.get(node.name)
         if weight is None or seen is None or len(seen.low) != len(weight) or node.attrs.get("act") not in (None, "relu", "relu6"):
             continue
         still = (seen.high - seen.low) <= 1e-6 * (1 + seen.reach)
@@ -256,7 +258,10 @@ def outlier_weight(e: Evidence) -> Iterator[Suspect]:
         row = int(size.argmax())
         said = f"output {row} has weights up to {float(size.max()):.3g}, others {float(size.median()):.3g}"
         text = str(q.format).replace("/tensor*", "/channel*", 1)
-        yield Suspect(_layer(name), "outlier channel", f"a scale for each output, {text} ({said})", partial(with_weight, e.q, name, weight, text))
+        if text != str(q.format):
+            yield Suspect(_layer(name), "outlier channel", f"a scale for each output, {text} ({said})",
+                          partial(with_weight, e.q, name, weight, text))  # fmt: skip
+        yield Suspect(_layer(name), "outlier channel", f"equalize the channels ({said})", partial(_equalized, e))
 
 
 def solved_badly(e: Evidence) -> Iterator[Suspect]:

@@ -67,15 +67,16 @@ class Seen:
 class Evidence:
     """The quantized model ``q``, the float one, and what data says of both.
 
-    ``network`` is the float network in the form that ``q`` was made from. ``own`` and ``stats`` are what passes through ``q`` with
-    its weights as they are stored and nothing else quantized, by value and by site. ``learn`` is what cures are made from, ``held`` what
-    they are judged on; ``wanted`` are the float outputs on it and ``before`` the losses of ``q``. ``bad`` are batches by number that
-    are left out of both.
+    ``network`` is the float network in the form that ``q`` was made from, ``real`` what passes through it, by value. ``own`` and
+    ``stats`` are what passes through ``q`` with its weights as they are stored and nothing else quantized, by value and by site.
+    ``learn`` is what cures are made from, ``held`` what they are judged on; ``wanted`` are the float outputs on it and ``before`` the
+    losses of ``q``. ``bad`` are batches by number that are left out of both.
     """
 
     q: QModel
     model: nn.Module
     network: Network
+    real: Mapping[str, Seen]
     own: Mapping[str, Seen]
     stats: Mapping[str, Stats]
     fixed: Mapping[str, tuple[float, float]]
@@ -163,18 +164,19 @@ class Evidence:
 
 def gather(q: QModel, model: nn.Module, items: Sequence[Batch], vnni: bool) -> Evidence:
     """Run both networks over the data. Raises `InputError` where they cannot run or be compared."""
-    own, _ = watched(q, items)
+    own, _ = watched(replace(q, activations={}).module, q.rest, items)
     bad = bad_batches(q, own, len(items))
     good = [item for i, item in enumerate(items) if i not in bad]
     network = source(q, model, good)
     learn, held = halves(good, getattr(network, "whole", False))
     if not learn or not held:
         raise InputError(f"{sum(map(len, good))} examples are too few to diagnose with: one half makes the cures, the other judges them")
-    own, stats = watched(q, learn)
+    own, stats = watched(replace(q, activations={}).module, q.rest, learn)
+    real, _ = watched(network.module, {}, learn)
     wanted = outputs(model, held)
     before = apart(held, wanted, outputs(as_computed(q, vnni), held))
     fixed = known_ranges(q.structure, find_sites(q.structure)) if isinstance(q.structure, Graph) else {}
-    return Evidence(q, model, network, own, stats, fixed, learn, held, wanted, before, kind_of(held, wanted), vnni, bad)
+    return Evidence(q, model, network, real, own, stats, fixed, learn, held, wanted, before, kind_of(held, wanted), vnni, bad)
 
 
 def halves(items: Sequence[Batch], whole: bool) -> tuple[list[Batch], list[Batch]]:
@@ -202,10 +204,10 @@ def source(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Network:
     return network
 
 
-def watched(q: QModel, items: Sequence[Batch]) -> tuple[dict[str, Seen], dict[str, Stats]]:
-    """What passes through ``q`` with stored weights and float activations: by value, and by site as calibration counts it."""
-    module = replace(q, activations={}).module
-    graph = q.structure if isinstance(q.structure, Graph) else None
+def watched(module: nn.Module, rest: Mapping[str, Tensor], items: Sequence[Batch]) -> tuple[dict[str, Seen], dict[str, Stats]]:
+    """What passes through a network: by value, and by site as calibration counts it, the constants of ``rest`` included."""
+    structure = getattr(module, "structure", None)
+    graph = structure if isinstance(structure, Graph) else None
     nodes = {node.name: node for node in graph.nodes} if graph else {}
     sites = {name: site for site, names in find_sites(graph).origin.items() for name in names} if graph else {}
     own: dict[str, Seen] = {}
@@ -221,8 +223,8 @@ def watched(q: QModel, items: Sequence[Batch]) -> tuple[dict[str, Seen], dict[st
             stats.setdefault(site, Stats()).update(value)
 
     for name in graph.constants if graph else ():
-        if name in sites and name in q.rest:
-            note(name, q.rest[name])
+        if name in sites and name in rest:
+            note(name, rest[name])
     with torch.no_grad(), watching(module, note):
         for item in items:
             run(module, bare(item))
@@ -254,7 +256,3 @@ def bad_batches(q: QModel, own: Mapping[str, Seen], count: int) -> tuple[int, ..
         found |= set((largest > BAD * largest.median()).nonzero().flatten().tolist())
     return tuple(sorted(found)) if 4 * len(found) <= count else ()
 
-
-def module_of(network: Network) -> nn.Module:
-    """The float network as a module that `quantize` takes."""
-    return GraphModule(network.graph).eval() if isinstance(network, GraphNetwork) else network.module

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import run
 from ..data import Batch
 from ..errors import InputError
 from ..evaluate import predictions
@@ -17,7 +16,7 @@ from ..graph import Graph
 from ..qmodel import QModel
 from .edits import with_ranges
 from .evidence import halves, watched
-from .loss import bare, labelled, outputs, to_labels
+from .loss import labelled, outputs, to_labels
 
 Change = Callable[[Tensor], Tensor]
 
@@ -64,19 +63,24 @@ def wrong_inputs(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Wrong |
 
     mended = [mend(batch) for batch in held]
     models = [q]
-    _, stats = watched(q, [mend(batch) for batch in learn])
+    _, stats = watched(replace(q, activations={}).module, q.rest, [mend(batch) for batch in learn])
     static = {site: s for site, s in stats.items() if (a := q.activations.get(site)) is not None and a.when == "static" and a.params}
     if static:
         models.append(with_ranges(q, static, str(q.provenance.get("ranges", "mse")), {}))
-    losses = [to_labels(mended, outputs(one.module, mended)) for one in models]
+    losses = [against_labels(one, model, mended) for one in models]
     i = min(range(len(models)), key=lambda k: float(losses[k].mean()))
-    try:
-        before = to_labels(held, outputs(q.module, held))
-    except InputError:  # it cannot run at all on data of that shape
-        before = torch.full_like(losses[i], math.log(predictions(run(model, bare(mended[0]))).shape[1]))
     layer = q.structure.inputs[0] if isinstance(q.structure, Graph) else "input"
     cure = told + (", and calibrate again" if i else "")
-    return Wrong(layer, cure, mend, models[i], before, losses[i])
+    return Wrong(layer, cure, mend, models[i], against_labels(q, model, held), losses[i])
+
+
+def against_labels(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Tensor:
+    """(examples,): cross entropy of ``q`` against the labels, nats; where it cannot run on such data, that of a guess."""
+    try:
+        return to_labels(items, outputs(q.module, items))
+    except InputError:
+        classes = 1 + max(int(batch.target.max()) for batch in items if batch.target is not None)
+        return torch.full((sum(map(len, items)),), math.log(classes), dtype=torch.float64)
 
 
 def preparations(items: Sequence[Batch]) -> Iterator[tuple[str, Change]]:

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckError, InputError, RoundelError
 from ..graph import Graph, Node
+from . import running
 from .dialect import INTEGER, Ints, rescaled, shift_away
 from .fixed import SUM_BITS
 from .ops import Pool, Range, extremes, levels, numbers
@@ -77,8 +78,9 @@ def weighted_ends(w: Ints, bias: Ints, x: Range) -> Ints:
 def _weighted(pool: Pool, node: Node) -> tuple[int, ...]:
     w, bias, shift = (numbers(pool, node.inputs[i]) for i in (1, 2, 4))
     w = levels(w, numbers(pool, node.inputs[5]) if len(node.inputs) > 5 else None)
-    ends = weighted_ends(w, bias, _around(pool, node.inputs[0], node.attrs["x_zero"]))
-    return _fits(ends, shift, node.attrs.get("wide", False))
+    more, finer = running.widest(node)
+    ends = weighted_ends(w, bias << finer, _around(pool, node.inputs[0], node.attrs["x_zero"]))
+    return _fits(ends, shift + more, node.attrs.get("wide", False))
 
 
 def _embedding(pool: Pool, node: Node) -> tuple[int, ...]:
@@ -96,7 +98,7 @@ def _matmul(pool: Pool, node: Node) -> tuple[int, ...]:
 def _mul(pool: Pool, node: Node) -> tuple[int, ...]:
     a = node.attrs
     pair = _products(*(_around(pool, name, zero) for name, zero in zip(node.inputs, (a["a_zero"], a["b_zero"]), strict=True)))
-    return _fits(pair, a["shift"])
+    return _fits(pair, a["shift"] + running.widest(node)[0])
 
 
 def _two_terms(pool: Pool, node: Node) -> tuple[int, ...]:
@@ -106,7 +108,7 @@ def _two_terms(pool: Pool, node: Node) -> tuple[int, ...]:
         _fits(term, a["shift"][i])
         finer = np.sort(rescaled(term, a["multiplier"][i], a["shift"][i], a["rounding"]))
         ends = ends - finer[::-1] if node.op == "sub" and i else ends + finer
-    return _fits(ends, a["shift"][2])
+    return _fits(ends, a["shift"][2] + running.widest(node)[0])
 
 
 def _softmax(pool: Pool, node: Node) -> tuple[int, ...]:
@@ -147,7 +149,7 @@ def norm_reach(n: int, bits: int) -> int:
 
 def _places(pool: Pool, node: Node) -> tuple[int, ...]:
     """Sums, pools, and what sums nothing but a zero point."""
-    a, shift = node.attrs, np.asarray(node.attrs.get("shift", 0))
+    a, shift = node.attrs, np.asarray(node.attrs.get("shift", 0)) + running.widest(node)[0]
     if node.op == "prelu":
         shift = numbers(pool, node.inputs[2]).max()
     count = size(pool, node.inputs[0], a["axes"]) if node.op == "sum" else math.prod(a.get("kernel", ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,19 +15,29 @@ from torch import Tensor
 from ..errors import InputError
 from ..graph import Graph
 from ..graph.module import bind_inputs
-from . import ops
+from . import ops, running
 from .dialect import Ints
+from .running import Exponents
 
 #: Called as ``watch(name, codes)`` on every value as it is made.
 Watch = Callable[[str, Any], None]
 
 
-def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, watch: Watch | None = None, **named: Any) -> Any:
+def simulate(
+    graph: Graph,
+    *args: Any,
+    codes: bool = False,
+    fast: bool = True,
+    watch: Watch | None = None,
+    state: Exponents | None = None,
+    **named: Any,
+) -> Any:
     """Outputs of an integer ``graph`` for real inputs, arrays or tensors (N, ...), as NumPy arrays.
 
     They are dequantized, float32, or with ``codes`` the int64 codes themselves. One output comes back bare, several as a tuple.
     ``fast`` sums products by floating-point routines wherever every partial sum is a whole number that they
-    hold, so the codes are the same. Raises `InputError` for inputs that do not fit, `CheckError` for sums that leave the range that
+    hold, so the codes are the same. Running ranges go from sample to sample: ``state`` is where they begin and is left where they
+    end; without it they begin as the device does. Raises `InputError` for inputs that do not fit, `CheckError` for sums that leave the range that
     the graph proves.
 
     >>> from roundel import lower, quantize
@@ -39,13 +50,29 @@ def simulate(graph: Graph, *args: Any, codes: bool = False, fast: bool = True, w
         raise InputError("this graph holds real operations; roundel.lower makes an integer graph of a quantized model")
     tensors = bind_inputs(graph, tuple(map(torch.as_tensor, args)), {k: torch.as_tensor(v) for k, v in named.items()})
     env: dict[str, Any] = {name: as_array(tensor) for name, tensor in tensors.items()}
+    if not running.count(graph):
+        return _once(graph, env, codes, fast, watch, None)
+    state, outs, seen = state or Exponents.of(graph), [], defaultdict[str, list[Any]](list)
+    for i in range(max(map(len, env.values()))):
+        state.begin()
+        one = {name: value[i : i + 1] for name, value in env.items()}
+        outs.append(_once(graph, one, codes, fast, lambda name, value: seen[name].append(value), state))
+    for name, values in seen.items() if watch else ():
+        watch(name, np.concatenate(values))  # type: ignore[misc]
+    return tuple(map(np.concatenate, zip(*outs))) if isinstance(outs[0], tuple) else np.concatenate(outs)
+
+
+def _once(graph: Graph, env: dict[str, Any], codes: bool, fast: bool, watch: Watch | None, state: Exponents | None) -> Any:
+    """One batch, of one sample where ranges run."""
     table = ops.INTEGER | FAST if fast else ops.INTEGER
     last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     kept = {*graph.outputs, *(node.inputs[0] for node in graph if node.op == "dequantize")}
     for i, node in enumerate(graph.nodes):
         operands = [env[name] if name in env else ops.numbers(graph, name) for name in node.inputs]
         try:
-            env[node.name] = table[node.op](*operands, **node.attrs)
+            fn = table[node.op]
+            running_node = state is not None and "runs" in node.attrs
+            env[node.name] = running.run(fn, node, operands, state) if running_node else fn(*operands, **node.attrs)  # type: ignore[arg-type]
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as err:
             shapes = [operand.shape for operand in operands]
             raise InputError(f"{node.name!r} ({node.op}) cannot take operands of shapes {shapes}: {err}") from err

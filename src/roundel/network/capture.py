@@ -62,7 +62,15 @@ def _as_arguments(example: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
             raise InputError(f"input {where!r} of the example must be a tensor; got {type(x).__name__}")
     if not args and not named:
         raise InputError("the example holds no tensor; give one batch of inputs as the model takes them")
-    return args, named
+    seen: set[int] = set()
+
+    def apart(x: Tensor) -> Tensor:
+        """torch.export takes one tensor that is given twice for one input, and the other is never read."""
+        again = id(x) in seen
+        seen.add(id(x))
+        return x.clone() if again else x
+
+    return tuple(map(apart, args)), {name: apart(x) for name, x in named.items()}
 
 
 # -- tracing ----------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def _weights(e: Emitter, kind: Kind, nodes: Sequence[fx.Node | None]) -> Weights
 def _is_zero(e: Emitter, node: fx.Node) -> bool:
     """Whether a state is zeros known at capture, of one example or repeated over the batch."""
     value = e.env[node]
-    while isinstance(value, str) and value.startswith("%"):
+    while isinstance(value, str) and value.startswith("%") and value not in e.constants:
         made = e.drafts[int(value[1:].split(".")[0])].node
         if made.op not in ("identity", "expand_batch"):
             return False

@@ -1,14 +1,12 @@
-"""Running ranges: a site whose range follows the mean and the deviation of what passes; not how it starts (`quantize.running`).
+"""Running ranges: a site whose range follows the ends of what passes; not how it starts (`quantize.running`).
 
 A batch is its samples one after the other: sample i is coded by what samples before i have left, so one batch of 50 and 50 batches
 of one give the same bits and leave the same state. The state is explicit, in buffers, and `reset` goes back to the stored start.
 
-    seen   m += rate * clip(mean(x) - m, +-bound * s)             s^2 += rate * clip(mean((x - m)^2) - s^2, +-bound * s^2)
-    new    end = m + (end_0 - m_0) * s / s_0                      an end of 0 stays 0: ReLUs have no numbers below
+    seen   each end e of [a, b] += rate * clip(sample's end - e, +-bound * (b - a))
+    new    the range that lies to [a, b] as at the start; an end of 0 stays 0, for a ReLU has no numbers below
     moves  where, ``patience`` samples in a row, an end of the new range lies further than ``margin`` widths from the old one; then
            with every sample, until the new range is within a quarter of the margin
-
-The moments are sums of whole numbers (2^-12 of the starting width each, up to 64 widths), so no order of adding can change them.
 """
 
 from __future__ import annotations
@@ -24,60 +22,61 @@ from ..formats.format import Format
 from ..plan import When
 from .layer import Activation
 
-#: Steps per starting width in which moments are summed, and how many widths a number may count for.
-UNITS, FAR = 2**12, 64
-
 #: The share of the margin below which a range that moves comes to rest.
 SETTLED = 1 / 4
+
+#: A range grows and shrinks by at most this factor.
+FAR = 2.0**12
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """How a range follows: ``mean`` and ``spread`` (deviation) are those of calibration, in widths of the starting range.
+    """How a range follows: ``low`` and ``high`` are the means of calibration's smallest and largest numbers, sample by sample.
 
-    ``rate`` is the weight of one sample, ``bound`` the furthest that one counts (in deviations; of variances, in variances),
-    ``margin`` the share of the width that an end must be off, ``patience`` for how many samples in a row.
+    ``rate`` is the weight of one sample, ``bound`` the furthest that one counts (in widths of what was seen), ``margin`` the share
+    of the range that an end must be off, ``patience`` for how many samples in a row.
     """
 
-    mean: float
-    spread: float
+    low: float
+    high: float
     rate: float = 1 / 16
-    bound: float = 3.0
+    bound: float = 1.0
     margin: float = 1 / 8
     patience: int = 4
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a tracker is: moments in starting widths, the range in real numbers, for how many samples a better one was offered,
-    and how often it has moved."""
+    """Where a tracker is: the ends seen and the range, in real numbers; for how many samples a better one was offered, how often it
+    has moved."""
 
-    mean: float
-    power: float
+    a: float
+    b: float
     low: float
     high: float
     drift: int = 0
     moves: int = 0
 
 
-def advance(tracker: Tracker, start: tuple[float, float], at: State, mean: float, square: float) -> State:
-    """The state after a sample of that mean and mean square, in starting widths; ``start`` is the starting range.
+def advance(tracker: Tracker, start: tuple[float, float], at: State, low: float, high: float) -> State:
+    """The state after a sample from ``low`` to ``high``; ``start`` is the starting range.
 
-    >>> at = State(0.0, 0.04, -0.5, 0.5)
+    >>> at = State(-0.4, 0.4, -0.5, 0.5)
     >>> for _ in range(60):
-    ...     at = advance(Tracker(0.0, 0.2), (-0.5, 0.5), at, 0.0, 0.16)  # everything doubles
+    ...     at = advance(Tracker(-0.4, 0.4), (-0.5, 0.5), at, -0.8, 0.8)  # everything doubles
     >>> round(at.high, 1), at.moves > 0
     (1.0, True)
     """
-    spread = at.power**0.5
-    reach = tracker.bound * spread
-    power = square - 2 * at.mean * mean + at.mean**2
-    middle = at.mean + tracker.rate * min(max(mean - at.mean, -reach), reach)
-    held = at.power + tracker.rate * min(max(power - at.power, -at.power), tracker.bound * at.power)
-    at = replace(at, mean=middle, power=held)
+    reach, furthest = tracker.bound * (at.b - at.a), FAR * (tracker.high - tracker.low)
+    a, b = (
+        end + tracker.rate * min(max(min(max(new, -furthest), furthest) - end, -reach), reach)
+        for end, new in ((at.a, low), (at.b, high))
+    )
+    at, width = replace(at, a=a, b=max(a, b)), at.high - at.low
     low, high = _offered(tracker, start, at)
     margin = tracker.margin * (SETTLED if at.drift >= tracker.patience else 1)
-    if low >= high or max(abs(low - at.low), abs(high - at.high)) <= margin * (at.high - at.low):
+    small = high - low < (start[1] - start[0]) / FAR
+    if small or max(abs(low - at.low), abs(high - at.high)) <= margin * width:
         return replace(at, drift=0)
     drift = min(at.drift + 1, tracker.patience)
     if drift < tracker.patience:
@@ -86,17 +85,16 @@ def advance(tracker: Tracker, start: tuple[float, float], at: State, mean: float
 
 
 def _offered(tracker: Tracker, start: tuple[float, float], at: State) -> tuple[float, float]:
-    """The starting range, moved and stretched as the moments have; it holds 0."""
-    width, stretch = start[1] - start[0], at.power**0.5 / tracker.spread
-    low, high = (width * (at.mean + (end / width - tracker.mean) * stretch) for end in start)
+    """The range that lies to the ends seen as the starting one lay to those of calibration; it holds 0."""
+    stretch = (at.b - at.a) / (tracker.high - tracker.low)
+    low, high = (at.a + (end - tracker.low) * stretch for end in start)
     return min(low, 0.0) if start[0] else 0.0, max(high, 0.0) if start[1] else 0.0
 
 
-def moments(x: Tensor, width: float) -> Tensor:
-    """Mean and mean square of each sample of x (N, ...), in ``width``: (N, 2), float64. What is no number counts as 0."""
-    units = torch.nan_to_num(x.detach().reshape(len(x), -1).double() * (UNITS / width), 0.0)
-    units = units.clamp_(-FAR * UNITS, FAR * UNITS).round_()
-    return torch.stack([units.sum(1) / UNITS, (units * units).sum(1) / UNITS**2], 1) / max(1, units.shape[1])
+def extremes(x: Tensor) -> Tensor:
+    """Smallest and largest number of each sample of x (N, ...): (N, 2), float64. What is no number counts as 0."""
+    flat = torch.nan_to_num(x.detach().flatten(1) if x.ndim > 1 else x.detach()[:, None], 0.0)
+    return torch.stack([flat.amin(1), flat.amax(1)], 1).double() if flat.numel() else torch.zeros(0, 2, dtype=torch.float64)
 
 
 def ends(activation: Activation) -> tuple[float, float]:
@@ -106,14 +104,14 @@ def ends(activation: Activation) -> tuple[float, float]:
 
 
 class Running(nn.Module):
-    """A site whose range follows its numbers. `follow` takes the values as they are made; `codes` and `quantize` code them, and what
-    only moves them, by the parameters found then. Without a tracker it stays where it is and records ``moments`` (`quantize`).
+    """A site whose range follows its numbers. `follow` takes the values as they are made; `codes` and `quantize` code them, and
+    what only moves them, by the parameters found then. Without a tracker it stays where it is and records `extremes` (`quantize`).
 
-    Buffers: ``moments`` (mean, variance), ``range`` (low, high), float64; ``counts``, int64: samples, those in a row that were
+    Buffers: ``seen`` (the ends), ``range`` (low, high), float64; ``counts``, int64: samples, those in a row that were
     offered a better range (up to ``patience``), moves, numbers, numbers beyond the range.
     """
 
-    moments: Tensor
+    seen: Tensor
     range: Tensor
     counts: Tensor
     when: When = "running"
@@ -124,7 +122,7 @@ class Running(nn.Module):
         self.tracker = activation.tracker
         self.start = ends(self.base)
         self.recorded: list[Tensor] = []
-        self.register_buffer("moments", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("range", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
         self.reset()
@@ -138,32 +136,32 @@ class Running(nn.Module):
 
     def reset(self) -> None:
         """Back to the range of calibration, as if nothing had passed."""
-        found = (self.tracker.mean, self.tracker.spread**2) if self.tracker else (0.0, 0.0)
-        self.moments.copy_(torch.tensor(found, dtype=torch.float64))
+        found = (self.tracker.low, self.tracker.high) if self.tracker else (0.0, 0.0)
+        self.seen.copy_(torch.tensor(found, dtype=torch.float64))
         self.range.copy_(torch.tensor(self.start, dtype=torch.float64))
         self.counts.zero_()
         self.live = self.base
 
     def follow(self, x: Tensor) -> Tensor:
         """``x`` (N, ...) on the grids that its samples meet, one after the other."""
-        width = self.start[1] - self.start[0]
-        found = moments(x, width)
+        found = extremes(x)
         if self.tracker is None:
             self.recorded.append(found)
             return self.quantize(x)
-        seen, drift, moves, *_ = self.counts.tolist()
-        at, met = State(*self.moments.tolist(), *self.range.tolist(), drift, moves), []
-        for mean, square in found.tolist():
+        count, drift, moves, *_ = self.counts.tolist()
+        at, met = State(*self.seen.tolist(), *self.range.tolist(), drift, moves), []
+        for low, high in found.tolist():
             met.append((at.low, at.high))
-            at = advance(self.tracker, self.start, at, mean, square)
-        self.live = self._coding(met)
+            at = advance(self.tracker, self.start, at, low, high)
+        if met:
+            self.live = self._coding(met)
         limits = torch.tensor(met, dtype=x.dtype, device=x.device).reshape(-1, 2, *[1] * (x.ndim - 1))
         slack = (limits[:, 1] - limits[:, 0]) / 2 ** (self.format.bits + 1)  # rounds to the end
         beyond = int(((x < limits[:, 0] - slack) | (x > limits[:, 1] + slack)).sum())
-        self.moments.copy_(torch.tensor([at.mean, at.power], dtype=torch.float64))
+        self.seen.copy_(torch.tensor([at.a, at.b], dtype=torch.float64))
         self.range.copy_(torch.tensor([at.low, at.high], dtype=torch.float64))
         past = self.counts[3:] + torch.tensor([x.numel(), beyond])
-        self.counts.copy_(torch.cat([torch.tensor([seen + len(met), at.drift, at.moves]), past]))
+        self.counts.copy_(torch.cat([torch.tensor([count + len(met), at.drift, at.moves]), past]))
         return self.quantize(x)
 
     def _coding(self, met: list[tuple[float, float]]) -> Activation:
@@ -189,7 +187,7 @@ class Running(nn.Module):
         """(code - zero, scale) under what the batch met; the scale is one number, or one per sample (N, 1, ...)."""
         if self.live.format is self.base.format:
             return self.live.codes(x)
-        code, scale = self.live.codes(x.reshape(len(x), -1))
+        code, scale = self.live.codes(x.flatten(1) if x.ndim > 1 else x[:, None])
         return code.reshape(x.shape), None if scale is None else scale.reshape(-1, *[1] * (x.ndim - 1))
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -199,12 +197,12 @@ class Running(nn.Module):
 
     def told(self) -> str | None:
         """How the range moved since `reset`; None where it did not."""
-        seen, _, moves, numbers, beyond = self.counts.tolist()
+        count, _, moves, numbers, beyond = self.counts.tolist()
         if not moves:
             return None
         (a, b), (low, high) = self.start, self.range.tolist()
         share = beyond / max(1, numbers)
-        return (f"its range moved {moves} times in {seen} samples, from {a:.3g} to {b:.3g} to {low:.3g} to {high:.3g}; "
+        return (f"its range moved {moves} times in {count} samples, from {a:.3g} to {b:.3g} to {low:.3g} to {high:.3g}; "
                 f"{share:.2%} of its numbers lay beyond")  # fmt: skip
 
 

@@ -21,8 +21,9 @@ from ..network.layer import Activation
 from ..plan import FLOAT, Choice, Plan
 from ..qmodel import Note, QModel
 from ..ranges import static_activation
+from ..solvers import NEED_HESSIAN
 from .checks import check_float, check_numbers, check_weights, refuse, seconds_of
-from .ladder import climb, listed
+from .ladder import Effort, climb, listed
 from .networks import Network, find_network
 from .running import followed
 from .steps import EFFORTS
@@ -39,7 +40,9 @@ def quantize(
     data: Any = None,
     effort: str = "fast",
     budget: str | float | None = None,
+    loss: float | None = None,
     solver: str | None = None,
+    guided: bool = False,
     ranges: str = "mse",
     exclude: Iterable[str] = (),
     plan: Plan | None = None,
@@ -59,9 +62,11 @@ def quantize(
     ``effort`` is fast (round to nearest, seconds), default (equalization, GPTQ; minutes) or best (then each block is trained
     towards the float block's outputs, for as long as ``budget`` says, such as "5min"); all correct the biases of a graph. Such a
     step is kept only if it brings the model nearer to the float one on every fourth example of ``data``, which it did not learn
-    from; the notes say what was measured. ``solver`` names what chooses the weights' codes outright. ``ranges`` is minmax, average,
-    percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan`` gives rules per layer in place
-    of both formats. ``seed`` is where whatever is drawn at random starts.
+    from; the notes say what was measured. ``loss`` ends the climb as soon as the divergence on those is no more. ``solver`` names
+    what chooses the weights' codes outright; with ``guided`` its Hessians count each place by how much the loss depends on it,
+    where a backward pass fits in memory. ``ranges`` is minmax, average, percentile[:P], mse or kl. ``exclude`` names layers to
+    leave float, as shell wildcards; ``plan`` gives rules per layer in place of both formats. ``seed`` is where whatever is drawn at
+    random starts.
     Labels in ``data`` are used to check that the float model works at all.
 
     ``model`` is a module, or what `roundel.read` takes. The Hugging Face folder of a language model is never held in memory where
@@ -84,14 +89,20 @@ def quantize(
 
         model, path = read(path), None
     refuse(model if path is None else nn.Module(), solver, effort, data is not None)
+    if guided and solver not in NEED_HESSIAN:
+        raise PlanError(f"guided=True is about the Hessians of a solver: name one, {' or '.join(sorted(NEED_HESSIAN))}")
     seconds = seconds_of(budget, effort)
+    if loss is not None and not loss > 0:
+        raise PlanError(f"loss={loss!r}: the divergence to stop at is a number above 0")
     plan = _rules(weights, activations, exclude, plan)
     items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
     applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
-    provenance = _provenance(effort, solver, ranges, seed, items, applied)
+    provenance = _provenance(effort, solver, ranges, seed, items, applied) | ({"guided": True} if guided else {})
     if path is not None and output is not None:
         if effort != "fast" and solver is None:
             raise PlanError(f"effort={effort!r} compares models, which needs them in memory: name a solver, such as solver='gptq'")
+        if guided:
+            raise PlanError("guided Hessians take a backward pass of the whole model: leave output= or guided= away")
         from .folder import quantize_folder
 
         return quantize_folder(path, plan, items, provenance, output=output, memory=memory, solver=solver, executor=executor,
@@ -124,12 +135,12 @@ def quantize(
             told: list[Note] = []
             table = network.resolve(plan)
             chosen = _activations(network, table, items or [], ranges, progress, told)
-            tensors = round_weights(network, table, progress, told)
+            tensors = round_weights(network, table, progress, told, solver)
             return network.finish(tensors, chosen, plan, provenance, tuple(told))
 
     with one_thread(), evaluating(model):
         if items is not None:
-            q = climb(network, near, plan, items, solver, effort, seconds, seed, progress, notes)
+            q = climb(network, near, plan, items, Effort(effort, solver, seconds, loss, seed, guided), progress, notes)
         else:
             q = near(network)
             if effort != "fast" and solver is None:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
@@ -45,12 +46,12 @@ from ..qmodel import HF, Note, QModel, load, share
 from ..qmodel import _flat as flat_tensors
 from ..qmodel import _lift as lift_tensor
 from ..readers.shards import Folder, open_folder
-from ..solvers import NEED_HESSIAN, SOLVERS
+from ..solvers import NEED_HESSIAN, SOLVERS, solved
 from .checks import check_finite, check_weights
 from .journal import Journal, journal
 from .ladder import learning, unsolved
 from .memory import ROUNDING, SLACK, SOLVING, Need, bytes_of, held, trim
-from .networks import ModuleNetwork, Target
+from .networks import ModuleNetwork, Target, accounts
 from .pieces import by_rows, rows_at_once
 from .weights import round_weight
 
@@ -82,7 +83,7 @@ def quantize_folder(
     way, goes on where it was and ends in the same bytes: those that quantizing the model in memory gives.
     """
     cap = math.inf if memory is None else bytes_of(memory)
-    run = _Run(open_folder(path), plan, items or [], solver if solver in NEED_HESSIAN else None, executor or Here(), progress)
+    run = _Run(open_folder(path), plan, items or [], solver, executor or Here(), progress)
     with one_thread(), torch.no_grad(), evaluating(run.folder.module):
         run.refuse(items is not None)
         need = run.need()
@@ -111,12 +112,13 @@ class _Run:
     folder: Folder
     plan: Plan
     items: list[Batch]
-    solver: str | None
+    named: str | None
     executor: Executor
     progress: Progress | None
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.solver = self.named if self.named in NEED_HESSIAN else None
         self.config = hf_config(self.folder.module)
         self.network = ModuleNetwork(self.folder.module, self.notes)
         self.table = self.network.resolve(self.plan)
@@ -201,7 +203,8 @@ class _Run:
             return self._rounding(name)
         one = self.network.found[_layer(name)]
         stages = [hessians * moment_bytes(one) + copies * self._piece(name) for hessians, copies in SOLVING]
-        return max(self._rounding(name), *stages)
+        account = SOLVING[0][0] * moment_bytes(one) + 8.0 * self.state[name].numel()  # the weight and its codes' values, whole
+        return max(self._rounding(name), account, *stages)
 
     def _running(self, inside: list[str]) -> float:
         """The values inside a block for one unit of work, and the second moment of one input of it."""
@@ -247,7 +250,7 @@ class _Run:
         if not log.has(OUTSIDE):
             names = [name for name in self.state if self._block(name) is None]
             rounded, notes = self._rounded(names, self._read_one)
-            self._write(log, OUTSIDE, rounded, self.folder.read(name for name in names if name not in rounded), notes, [])
+            self._write(log, OUTSIDE, rounded, self.folder.read(name for name in names if name not in rounded), notes, {})
         strict(self._told(log))
         if self.solver is None:
             for i, block in enumerate(self.blocks):
@@ -264,12 +267,12 @@ class _Run:
         names = [name for name in self.state if self._block(name) == block]
         rounded, notes = self._rounded(names, self._read_one)
         rest = self.folder.read(name for name in names if name not in rounded)
-        self._write(log, self._entry(block), rounded, rest, notes, [])
+        self._write(log, self._entry(block), rounded, rest, notes, {})
 
     def _rounded(self, names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[dict[str, QTensor], list[Note]]:
         """The weights among ``names`` rounded to nearest."""
         chosen = [name for name in names if name in self.targets]
-        work = ((name, self._target(name, read(name)), self._format(name)) for name in chosen)
+        work = ((self.named, self._target(name, read(name)), self._format(name)) for name in chosen)
         rounded: dict[str, QTensor] = {}
         notes: list[Note] = []
         for tensors, said in self.executor.map(_round, work):
@@ -300,7 +303,7 @@ class _Run:
         found = {name: one for name, one in self.network.found.items() if member(name, "weight") in self.targets}
         rounded: dict[str, QTensor] = {}
         notes: list[Note] = []
-        solved: list[str] = []
+        told: dict[str, str] = {}
         assert self.solver is not None
         solve = SOLVERS[self.solver]
         current: dict[str, Tensor] = {}
@@ -310,7 +313,7 @@ class _Run:
             current.clear()
             current.update(self.folder.read(names))
             self.folder.put(module, current)
-            solved.clear()
+            told.clear()
             if log.has(self._entry(block)):
                 for name in names:
                     if name in self.targets:
@@ -323,10 +326,10 @@ class _Run:
 
         def solve_layers(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = [member(layer, "weight") for layer in moments]
-            work = ((solve, self._target(name, current[name]), rounded[name].format, moments[_layer(name)]) for name in names)
-            for name, tensor in zip(names, self.executor.map(_solve, work), strict=True):
+            work = ((solve, self._target(name, current[name]), rounded[name], moments[_layer(name)]) for name in names)
+            for name, (tensor, account) in zip(names, self.executor.map(_solve, work), strict=True):
                 rounded[name] = tensor
-                solved.append(name)
+                told[name] = account
                 del current[name]  # its packed form is what counts from here on
             return {_layer(name): rounded[name].dequantize() for name in names}
 
@@ -334,7 +337,7 @@ class _Run:
             entry = self._entry(block)
             if not log.has(entry):
                 rest = {name: value for name, value in current.items() if name not in rounded}
-                self._write(log, entry, rounded, rest, notes, solved)
+                self._write(log, entry, rounded, rest, notes, told)
                 strict(self._told(log))
             shelf.close(at, block)
             self.folder.put(module, {name: t for name, t in self.state.items() if self._block(name) == block})
@@ -344,12 +347,13 @@ class _Run:
             if not log.has(TAIL):
                 names = [member(layer, "weight") for layer in moments]
                 rounded.clear()
+                told.clear()
                 for name in names:
                     rounded[name] = outer[name]
                     current.clear()
                     current[name] = self._read_one(name)
                     solve_layers({_layer(name): moments[_layer(name)]})
-                self._write(log, TAIL, rounded, {}, [], names)
+                self._write(log, TAIL, rounded, {}, [], told)
             return {}
 
         walk = Walk(module, self.blocks, units(self.learn), shelf, history)
@@ -365,11 +369,11 @@ class _Run:
         return [entry for entry in [OUTSIDE, *map(self._entry, self.blocks), TAIL] if log.has(entry)]
 
     def _write(self, log: Journal, entry: str, tensors: Mapping[str, QTensor], rest: Mapping[str, Tensor], notes: list[Note],
-               solved: Sequence[str]) -> None:  # fmt: skip
+               told: Mapping[str, str]) -> None:  # fmt: skip
         flat = {key: t for name, tensor in tensors.items() for key, t in flat_tensors(name, tensor).items()}
         trim()
         described = {name: [str(t.format), t.shape, t.axis] for name, t in tensors.items()}
-        log.write(entry, {**flat, **rest}, {"tensors": described, "notes": notes, "solved": list(solved)})
+        log.write(entry, {**flat, **rest}, {"tensors": described, "notes": notes, "solved": dict(told)})
 
     def _told(self, log: Journal) -> list[Note]:
         """All notes so far, in the order of the tensors."""
@@ -380,13 +384,14 @@ class _Run:
         for target in self.network.targets:
             if target.weight.numel() == 0 and (choice := self.table.get(target.name)) is not None:
                 round_weight(target, choice.format, empty)
-        notes = [*sorted([*said, *empty], key=lambda note: order[note.subject]), *self.notes]
+        told = {name: text for one in facts for name, text in one["solved"].items()}
+        done_by = accounts([target.name for target in self.network.targets], told, self.solver or "")
+        notes = [*sorted([*said, *empty], key=lambda note: order[note.subject]), *done_by, *self.notes]
         if self.solver is None:
             return notes
         made = {name for one in facts for name in one["tensors"]}
-        solved = {name for one in facts for name in one["solved"]}
         done = TAIL in self._entries(log) or not any(self._matrix(n) and self._block(n) is None for n in self.targets)
-        left = [name for name in self.targets if name in made - solved and (done or self._block(name) is not None)]
+        left = [name for name in self.targets if name in made - told.keys() and (done or self._block(name) is not None)]
         return notes + unsolved(left, self.network.ops, self.solver)
 
     def result(self, log: Journal, plan: Plan, provenance: Mapping[str, Any]) -> QModel:
@@ -423,15 +428,16 @@ def _layer(name: str) -> str:
     return name.removesuffix("weight").removesuffix(".")
 
 
-def _round(work: tuple[str, Target, Format]) -> tuple[dict[str, QTensor], list[Note]]:
+def _round(work: tuple[str | None, Target, Format]) -> tuple[dict[str, QTensor], list[Note]]:
     notes: list[Note] = []
-    _, target, fmt = work
-    return round_weight(target, fmt, notes), notes
+    solver, target, fmt = work
+    return round_weight(target, fmt, notes, solver=solver), notes
 
 
-def _solve(work: tuple[Callable[..., QTensor], Target, Format, Tensor]) -> QTensor:
-    solve, target, fmt, moment = work
-    return by_rows(solve, target.weight, fmt, moment, axis=target.axis)
+def _solve(work: tuple[Callable[..., QTensor], Target, QTensor, Tensor]) -> tuple[QTensor, str]:
+    solve, target, near, moment = work
+    done = solved(partial(by_rows, solve), target.weight, near.format, moment, axis=target.axis, near=near)
+    return done.tensor, str(done)
 
 
 def _digest(*parts: bytes) -> str:

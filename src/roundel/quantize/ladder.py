@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from ..network.sweep import MATRIX
 from ..plan import Plan
 from ..qmodel import Constants, Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
-from .networks import GraphNetwork, Network, some
+from .networks import GraphNetwork, Network, solved_guided, some
 from .steps import EFFORTS, STEPS, Means, Rung
 
 #: Examples that a step learns from, and as many that judge it, at most: all their values at one node are in memory together.
@@ -27,52 +27,88 @@ EXAMPLES = 256
 PASSES = 16
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; within ``seconds``; no farther than
+    to a ``loss``, the mean KL divergence from the float model on held-out examples, or squared error where outputs are no classes."""
+
+    level: str = "fast"
+    solver: str | None = None
+    seconds: float | None = None
+    loss: float | None = None
+    seed: int = 0
+    guided: bool = False
+
+
 def climb(
     network: Network,
     near: Callable[[Network], QModel],
     plan: Plan,
     items: list[Batch],
-    solver: str | None,
-    effort: str,
-    budget: float | None,
-    seed: int,
+    effort: Effort,
     progress: Progress | None,
     notes: list[Note],
 ) -> QModel:
-    """``near(network)`` after the steps that ``effort`` names, those that were measured to help; a solver that was named is not
-    judged. ``budget`` is in seconds: the last step takes what is left of it."""
-    end = None if budget is None else time.monotonic() + budget
-    q = near(network)
+    """``near(network)`` after the steps of ``effort``, those that were measured to help; a solver that was named is not judged."""
+    end = None if effort.seconds is None else time.monotonic() + effort.seconds
+    rung = Rung(network, near(network))
+    if not rung.q.tensors:
+        return rung.q
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
-    judges = sum(map(len, held))
-    if not q.tensors:
-        return q
-    if solver in NEED_HESSIAN:
-        q = _solved(network, q, learning(items, network.whole), solver, progress, notes)
-    names = [name for name in EFFORTS[effort] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
-    if solver is not None:
+    names = [name for name in EFFORTS[effort.level] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
+    if effort.solver is not None:
         names = [name for name in names if name.lower() not in SOLVERS]
+
+    def solved(rung: Rung) -> Rung:
+        if effort.solver not in NEED_HESSIAN:
+            return rung
+        return Rung(rung.network, _solved(rung.network, rung.q, learning(items, network.whole), effort, progress, notes))
+
+    def measured(q: QModel) -> Losses:
+        return losses(network.module, q.module, held)
+
     if not names:
-        return q
-    if judges < LEAST:
+        return solved(rung).q
+    if (judges := sum(map(len, held))) < LEAST:
         told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
         notes.append(Note("model", f"{listed(names)} not tried: {told}"))
-        return q
+        return solved(rung).q
     try:
-        loss = losses(network.module, q.module, held)
+        loss = measured(rung.q)
     except InputError as err:
         notes.append(Note("model", f"{listed(names)} not tried: there is nothing to judge by, {err}"))
-        return q
-    means, rung = Means(near, plan, learn, end, seed, progress), Rung(network, q)
-    for name in names:
+        return solved(rung).q
+    means, ready = Means(near, plan, learn, end, effort.seed, progress), effort.solver not in NEED_HESSIAN
+    while True:
+        if not ready and not (names and STEPS[names[0]].anew):
+            rung, ready = solved(rung), True
+            loss = measured(rung.q)
+        if not names or (ready and _enough(loss, effort.loss)):
+            break
+        name, *names = names
         new = STEPS[name].make(rung, means)
         if new is None:
             continue
         try:
-            rung, loss = _judged(name, rung, new, lambda q: losses(network.module, q.module, held), loss, notes)
+            rung, loss = _judged(name, rung, new, measured, loss, notes)
         except InputError as err:
             notes.append(Note("model", f"{name} not kept: {err}"))
+    if effort.loss is not None:
+        now = f"it is {_mean(loss):.3g} on {judges} held-out examples"
+        if not _enough(loss, effort.loss):
+            notes.append(Note("model", f"the loss of {effort.loss:g} that was asked for is missed: {now}", fallback=True))
+        elif names:
+            notes.append(Note("model", f"{listed(names)} not needed for a loss of {effort.loss:g}: {now}"))
     return rung.q
+
+
+def _mean(loss: Losses) -> float:
+    kl, error = loss
+    return float((error if kl is None else kl).mean())
+
+
+def _enough(loss: Losses, wanted: float | None) -> bool:
+    return wanted is not None and _mean(loss) <= wanted
 
 
 def listed(names: Sequence[str]) -> str:
@@ -118,10 +154,14 @@ def _mixed(old: QModel, new: QModel, chosen: frozenset[str], layers: Sequence[st
     return replace(new, structure=structure, tensors=tensors, rest=rest)
 
 
-def _solved(network: Network, q: QModel, items: list[Batch], solver: str, progress: Progress | None,
+def _solved(network: Network, q: QModel, items: list[Batch], effort: Effort, progress: Progress | None,
             notes: list[Note]) -> QModel:  # fmt: skip
     """Every weight by the solver that was named; those it could not solve are listed."""
-    new = network.refined(q, items, SOLVERS[solver], False, progress)
+    solver = effort.solver or ""
+    if effort.guided:
+        new = solved_guided(network, q, items, SOLVERS[solver], effort.seed, progress)
+    else:
+        new = network.refined(q, items, SOLVERS[solver], False, progress)
     notes += unsolved([name for name, tensor in new.tensors.items() if tensor is q.tensors[name]], network.ops, solver)
     return new
 

@@ -100,3 +100,12 @@ class Need:
             f"{size_text(size)} for {what}" for what, size in sorted(parts, key=lambda part: -part[1]) if size > 1 << 20
         )
         raise PlanError(f"{size_text(cap)} of memory cannot be kept: it takes about {size_text(self.total)} ({shown}){instead}")
+
+
+def available() -> float:
+    """Bytes that the system could still give out; infinite where it does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return float("inf")
+    return int(found[1]) * 1024 if found else float("inf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..calibrate import Progress, calibrate, run
 from ..data import Batch
 from ..errors import InputError, PlanError
+from ..files import size_text
+from ..fisher import backward_bytes, hessians
 from ..formats.format import MODEL
 from ..formats.grid import Uniform
 from ..formats.qtensor import QTensor
@@ -29,7 +31,9 @@ from ..plan import FLOAT, Choice, Plan, Rule, Slot
 from ..qmodel import HF, Constants, External, Note, QModel, share
 from ..ranges import known_ranges
 from ..refine import Solve, refine
+from ..solvers import solved
 from ..stats import Stats
+from .memory import available
 
 #: The format of sites that are marked fine, where a plan says nothing but fewer bits for everything: TFLite's int16, symmetric.
 FINE, FINE_BITS = "int16s", 16
@@ -109,7 +113,9 @@ class GraphNetwork:
                 progress: Progress | None) -> QModel:  # fmt: skip
         """Layer by layer, on the inputs that the quantized layers before leave."""
         assert isinstance(self.module, GraphModule)
-        return refine(q, self.module, items, solve and solving(self, q, solve, progress), bias)
+        told: dict[str, str] = {}
+        new = refine(q, self.module, items, solve and solving(self, q, solve, told, progress), bias)
+        return told_of(new, told, solve)
 
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
                notes: tuple[Note, ...]) -> QModel:  # fmt: skip
@@ -153,17 +159,18 @@ class ModuleNetwork:
         """Block by block, on the inputs that the quantized layers before leave; all values between blocks in memory."""
         if solve is None:
             return q
-        solve_one, blocks = solving(self, q, solve, progress), find_blocks(self.module)
+        blocks = find_blocks(self.module)
         found = {name: one for name, one in self.found.items() if member(name, "weight") in q.tensors}
         last: Entangled | None = None
         for names, keep in ((blocks, False), (blocks, True), ([""], True)):  # a chain, blocks that see each other, or anything
-            new = dict(q.tensors)
+            new, told = dict(q.tensors), dict[str, str]()
+            solve_one = solving(self, q, solve, told, progress)
             module = install(share(self.module), outside(new, names), self.tied, {})
             try:
                 with torch.no_grad():
                     walk = Walk(module, names, units(items), MemoryShelf(keep))
                     sweep_blocks(walk, found, *2 * [partial(solve_layers, new, solve_one)])
-                return replace(q, tensors=new)
+                return told_of(replace(q, tensors=new), told, solve)
             except Entangled as err:
                 last = err
         raise last or AssertionError
@@ -191,8 +198,42 @@ class ModuleNetwork:
 Network = GraphNetwork | ModuleNetwork
 
 
-def solving(network: Network, q: QModel, solve: Callable[..., QTensor], progress: Progress | None) -> Solve:
-    """``solve`` by the name of a weight, in the format that the weight has."""
+def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callable[..., QTensor], seed: int,
+                  progress: Progress | None) -> QModel:  # fmt: skip
+    """``q`` with every weight solved on guided Hessians of the float network. Where a backward pass, or all Hessians at a time, do
+    not fit in memory, or the network gives no gradients, it is solved on those that the sweep finds, and a note says so."""
+    learn, wanted = units(items), set(q.tensors)
+    try:
+        need, free = backward_bytes(network.module, learn, wanted), available()
+        if need > free:
+            raise InputError(f"a backward pass takes {size_text(need)} of memory, {size_text(int(free))} are free")
+        moments = hessians(network.module, learn, wanted, guided=True, seed=seed)
+    except InputError as err:
+        new = network.refined(q, items, solve, False, progress)
+        return replace(new, notes=(*new.notes, Note("model", f"swept Hessians in place of guided ones: {err}", fallback=True)))
+    told: dict[str, str] = {}
+    solve_one, tensors = solving(network, q, solve, told, progress), dict(q.tensors)
+    for name, moment in moments.items():
+        tensors[name] = solve_one(name, moment)
+    structure = q.structure
+    if isinstance(structure, Graph):
+        structure = replace(structure, constants=Constants({**tensors, **q.rest}))
+    new = told_of(replace(q, structure=structure, tensors=tensors), told, solve)
+    return replace(new, notes=(*new.notes, Note("model", "solved on guided Hessians, each layer on the float network's inputs")))
+
+
+def told_of(q: QModel, told: Mapping[str, str], solve: Callable[..., QTensor] | None) -> QModel:
+    """``q`` with a note for each tensor that a solver tells of."""
+    return replace(q, notes=(*q.notes, *accounts(q.tensors, told, getattr(solve, "__name__", ""))))
+
+
+def accounts(names: Iterable[str], told: Mapping[str, str], solver: str) -> list[Note]:
+    """What a solver did to each tensor, in the order of ``names``."""
+    return [Note(name, f"{solver}: {told[name]}") for name in names if name in told]
+
+
+def solving(network: Network, q: QModel, solve: Callable[..., QTensor], told: dict[str, str], progress: Progress | None) -> Solve:
+    """``solve`` by the name of a weight, in the format that the weight has; ``told`` takes its account."""
     targets = {target.name: target for target in network.targets}
     done: list[str] = []
 
@@ -202,7 +243,9 @@ def solving(network: Network, q: QModel, solve: Callable[..., QTensor], progress
             done.append(name)
             progress("solve", len(done), len(q.tensors))
         table = old.params.table if old.format.table == MODEL else None  # a table of the model stays what all have
-        return solve(target.weight, old.format, hessian, axis=target.axis, table=table)
+        done = solved(solve, target.weight, old.format, hessian, axis=target.axis, table=table, near=old)
+        told[name] = str(done)
+        return done.tensor
 
     return one
 

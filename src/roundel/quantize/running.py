@@ -1,5 +1,5 @@
-"""Where running ranges start: the moments of the calibration data at each site, and how far they wander there; the rest of a run is
-in `network.running`."""
+"""Where running ranges start: the ends of the calibration examples at each site, and how far they wander there; not how they go on
+(`network.running`)."""
 
 from __future__ import annotations
 
@@ -73,16 +73,15 @@ BEYOND = 1.25
 
 
 def started(found: Tensor, start: tuple[float, float]) -> Tracker | None:
-    """The tracker of a site whose samples have the moments ``found`` (N, 2), in widths of ``start``; None where nothing varies.
+    """The tracker of a site whose samples have the ends ``found`` (N, 2), under the range ``start``; None where nothing varies.
 
     Its margin is wide enough that the same samples, shuffled, do not move the range.
     """
-    mean, square = found.mean(0).tolist()
-    power = square - mean**2
-    if not power > 1e-9:
+    low, high = found.mean(0).tolist()
+    if not high > low:
         return None
-    tracker = Tracker(mean, power**0.5)
-    at, off = State(mean, power, *start), 0.0
+    tracker = Tracker(low, high)
+    at, off = State(low, high, *start), 0.0
     still = replace(tracker, margin=0.0, patience=1)
     for i in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist():
         at = advance(still, start, at, *found[i].tolist())

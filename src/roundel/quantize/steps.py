@@ -46,11 +46,12 @@ class Means:
 @dataclass(frozen=True, eq=False)
 class Step:
     """``make`` gives the next rung, or None where there is nothing to do; ``graph``: it needs to know how values flow; ``parts``:
-    its layers can stay one by one."""
+    its layers can stay one by one; ``anew``: it quantizes another network, so what was done to codes before is lost."""
 
     make: Callable[[Rung, Means], Rung | None]
     graph: bool = False
     parts: bool = False
+    anew: bool = False
 
 
 def equalization(rung: Rung, means: Means) -> Rung | None:
@@ -58,6 +59,7 @@ def equalization(rung: Rung, means: Means) -> Rung | None:
 
 
 def smoothing(rung: Rung, means: Means) -> Rung | None:
+    """`smooth` by the formats of the plan's first rule; nothing to do where that leaves weights or activations float."""
     weights, activations = means.plan.rules[0].weight, means.plan.rules[0].activation
     if weights in (None, FLOAT) or activations in (None, FLOAT):
         return None  # where activations are float nothing is gained by moving their scale into weights
@@ -88,6 +90,7 @@ def bias_correction(rung: Rung, means: Means) -> Rung:
 
 
 def reconstruction(rung: Rung, means: Means) -> Rung:
+    """Each block trained towards the float one's outputs."""
     assert isinstance(rung.network.module, GraphModule)
     q = reconstruct(rung.q, rung.network.module, means.learn, how=Tuning(seed=means.seed), seconds=_left(means),
                     progress=means.progress)  # fmt: skip
@@ -99,6 +102,7 @@ TEACHING_STEPS = 300
 
 
 def teaching(rung: Rung, means: Means) -> Rung:
+    """The whole trained towards the float network's answers; a fifth of the examples tells when that is enough."""
     learn, held = split(means.learn, 5, whole=rung.network.whole)
     left = _left(means)
     how = Teaching(TEACHING_STEPS if left is None else None, left, seed=means.seed)
@@ -112,8 +116,8 @@ def _left(means: Means) -> float | None:
 
 #: Name, as notes call it -> step, in the order in which they are of use to each other.
 STEPS: dict[str, Step] = {
-    "equalization": Step(equalization, graph=True),
-    "smoothing": Step(smoothing),
+    "equalization": Step(equalization, graph=True, anew=True),
+    "smoothing": Step(smoothing, anew=True),
     "GPTQ": Step(solving("gptq"), parts=True),
     "bias correction": Step(bias_correction, graph=True, parts=True),
     "reconstruction": Step(reconstruction, graph=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from ..formats.grid import Levels, Uniform
 from ..formats.qtensor import QTensor, to_matrix
 from ..plan import Choice
 from ..qmodel import Note
-from ..solvers import rtn
+from ..solvers import NEED_HESSIAN, SOLVERS, rtn
 from .networks import Network, Target
 from .pieces import by_rows
 
@@ -25,25 +25,27 @@ OUTLIER = 1e4
 
 
 def round_weights(
-    network: Network, table: Mapping[str, Choice | None], progress: Progress | None, notes: list[Note]
+    network: Network, table: Mapping[str, Choice | None], progress: Progress | None, notes: list[Note], solver: str | None = None
 ) -> dict[str, QTensor]:
-    """Every weight rounded to nearest; those in one format whose table is the model's (``@model``) by one table learned of all."""
+    """Every weight rounded to nearest, or by a ``solver`` that needs no data; those in one format whose table is the model's
+    (``@model``) by one table learned of all."""
     tensors: dict[str, QTensor] = {}
     shared = _model_tables(network, table)
     for i, target in enumerate(network.targets):
         if (choice := table.get(target.name)) is not None:
-            tensors |= round_weight(target, choice.format, notes, shared.get(choice.format))
+            tensors |= round_weight(target, choice.format, notes, shared.get(choice.format), solver)
         if progress:
             progress("quantize", i + 1, len(network.targets))
     return tensors
 
 
-def round_weight(target: Target, fmt: Format, notes: list[Note], table: Tensor | None = None) -> dict[str, QTensor]:
-    """One weight rounded to nearest, by its name; nothing where it is empty."""
+def round_weight(target: Target, fmt: Format, notes: list[Note], table: Tensor | None = None,
+                 solver: str | None = None) -> dict[str, QTensor]:  # fmt: skip
+    """One weight rounded to nearest, or by a ``solver`` that needs no data, by its name; nothing where it is empty."""
     if target.weight.numel() == 0:
         notes.append(Note(target.name, f"it is empty, shape {list(target.weight.shape)}; it stays as it is"))
         return {}
-    rounded = _rounded(target, fmt, notes, table)
+    rounded = _rounded(target, fmt, notes, rtn if solver is None or solver in NEED_HESSIAN else SOLVERS[solver], table)
     _tell_outlier(target, rounded, notes)
     return {target.name: rounded}
 
@@ -58,7 +60,7 @@ def _model_tables(network: Network, table: Mapping[str, Choice | None]) -> dict[
     return {fmt: shared_table(fmt, matrices) for fmt, matrices in users.items()}
 
 
-def _rounded(target: Target, fmt: Format, notes: list[Note], table: Tensor | None = None) -> QTensor:
+def _rounded(target: Target, fmt: Format, notes: list[Note], solve: Callable[..., QTensor], table: Tensor | None = None) -> QTensor:
     """One weight rounded; scales are kept as fp32, with a note, where fp16 cannot hold them or would lose the tensor's own grid."""
     wide = with_real(fmt, "fp32")
     if wide != fmt and isinstance(fmt.grid, Uniform | Levels) and _on_grid(target, wide):
@@ -75,12 +77,12 @@ def _rounded(target: Target, fmt: Format, notes: list[Note], table: Tensor | Non
             )
             return kept
     try:
-        return by_rows(partial(rtn, table=table), target.weight, fmt, axis=target.axis)
+        return by_rows(partial(solve, table=table), target.weight, fmt, axis=target.axis)
     except FormatError as err:
         if wide == fmt:
             raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: {err}") from err
         notes.append(Note(target.name, f"{err}; done, as {wide}", fallback=True))
-        return by_rows(partial(rtn, table=table), target.weight, wide, axis=target.axis)
+        return by_rows(partial(solve, table=table), target.weight, wide, axis=target.axis)
 
 
 def _tell_outlier(target: Target, q: QTensor, notes: list[Note]) -> None:

@@ -11,7 +11,7 @@ from .rtn import rtn
 from .solved import Solved, solved
 
 #: name -> solver, as `quantize(solver=...)` takes it.
-SOLVERS: dict[str, Callable[..., QTensor]] = {"rtn": rtn, "gptq": gptq, "descent": descent, "alternate": alternate}
+SOLVERS: dict[str, Callable[..., QTensor]] = {"rtn": rtn, "hqq": hqq, "gptq": gptq, "descent": descent, "alternate": alternate}
 
 #: Those whose third argument is the Hessian of the weight's inputs, so that they need data.
 NEED_HESSIAN = frozenset(["gptq", "descent", "alternate"])

@@ -13,6 +13,9 @@ from ..formats.qtensor import QTensor, to_matrix
 from .quadratic import damped, importance, lost
 from .rtn import rtn
 
+#: Numbers of a weight whose error is computed at a time.
+CHUNK = 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
 class Solved:
@@ -31,8 +34,10 @@ class Solved:
         return f"error {self.before:.3g} to {self.after:.3g}{more}" + (f", {self.dead} inputs always 0" if self.dead else "")
 
 
-def solved(solve: Callable[..., QTensor], weight: Tensor, format: Format, hessian: Tensor, axis: int = 0) -> Solved:
-    """``solve(weight, format, hessian)`` with its account. Raises as the solver does.
+def solved(solve: Callable[..., QTensor], weight: Tensor, format: Format, hessian: Tensor, axis: int = 0,
+           table: Tensor | None = None, near: QTensor | None = None) -> Solved:  # fmt: skip
+    """``solve(weight, format, hessian)`` with its account, against ``near``: the weight rounded to nearest, or as it was before.
+    Raises as the solver does.
 
     >>> import torch
     >>> from roundel.solvers import gptq
@@ -42,14 +47,20 @@ def solved(solve: Callable[..., QTensor], weight: Tensor, format: Format, hessia
     (True, 0.01, 0)
     """
     begin = time.perf_counter()
-    tensor = solve(weight, format, hessian, axis=axis)
+    tensor = solve(weight, format, hessian, axis=axis, table=table)
     seconds = time.perf_counter() - begin
     w = to_matrix(weight.detach(), axis).float()
     if not w.numel():
         return Solved(tensor, 0.0, 0.0, 0.0, 0, seconds)
     firm, share = damped(hessian)
-    near = rtn(weight, format, importance(hessian, len(w)), axis)
-    whole = float(lost(w, firm).sum()) or 1.0
-    before, after = (float(lost(q.matrix_values() - w, firm).sum()) / whole for q in (near, tensor))
+    near = rtn(weight, format, importance(hessian, len(w)), axis, table) if near is None else near
+    whole = _lost(w, firm) or 1.0
+    before, after = (_lost(q.matrix_values() - w, firm) / whole for q in (near, tensor))
     dead = int((hessian.diagonal(dim1=1, dim2=2) == 0).sum())
     return Solved(tensor, before, after, share, dead, seconds)
+
+
+def _lost(d: Tensor, firm: Tensor) -> float:
+    """`lost`, summed over the rows, some of them at a time."""
+    rows = d.view(len(firm), -1, d.shape[1]).split(max(1, CHUNK // d.shape[1] // len(firm)), 1)
+    return sum(float(lost(part.reshape(-1, d.shape[1]), firm).sum()) for part in rows)

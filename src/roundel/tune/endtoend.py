@@ -21,8 +21,7 @@ from ..formats.qtensor import QTensor, packed, to_matrix
 from ..gate import judge, losses
 from ..network.watch import first_tensor
 from ..qmodel import Note, QModel
-from .prepare import _weights as float_weights
-from .prepare import convert, kinds, prepare
+from .prepare import convert, float_weights, kinds, prepare
 
 #: Learning rate by kind of parameter: weights in units of a tensor's own root mean square, the others as they are.
 RATES: Mapping[str, float] = {"weights": 1e-2, "scales": 1e-3, "tables": 1e-3, "rest": 1e-3}

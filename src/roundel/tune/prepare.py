@@ -64,7 +64,7 @@ def prepare(
     (True, {'weights': 1, 'rounding': 0, 'scales': 5, 'tables': 0, 'rest': 1})
     """
     names = {id(tensor): name for name, tensor in q.tensors.items()}
-    floats = None if real is None else _weights(real)
+    floats = None if real is None else float_weights(real)
     graph = isinstance(q.structure, Graph)
     fixed = known_ranges(q.structure, find_sites(q.structure)) if isinstance(q.structure, Graph) else {}
     weights: dict[str, TunableWeight] = {}
@@ -102,6 +102,13 @@ def convert(module: nn.Module) -> QModel:
 
     The module may go on training. Raises `PlanError` for a module that `prepare` did not make, `InputError` for numbers that are no
     longer finite and `FormatError` for scales that outgrew their stored type, with the layer's name.
+
+    >>> from roundel import quantize
+    >>> net, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8)
+    >>> module = prepare(quantize(net, "int4", data=[x]), net)
+    >>> q = convert(module)
+    >>> torch.equal(q.module(x), module.eval()(x))
+    True
     """
     made = prepared(module)
     q = made.source
@@ -160,7 +167,7 @@ def freeze(module: nn.Module, *, ranges: bool = True, norms: bool = True, on: bo
                 part.train(not on)
 
 
-def _weights(real: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def float_weights(real: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Float weights by the names that a `QModel` gives them."""
     if isinstance(real, Mapping):
         return real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,27 +16,38 @@ from ...errors import PlanError
 from ...formats.grid import Uniform
 from ...formats.pack import pack
 from ...graph import Graph, Node, Spec
-from ...network.sites import find_sites
+from ...network.sites import MOVES, find_sites
 from ...qmodel import QModel
 from .. import ops
 from ..check import INT32, accumulators
+from ..running import TAKEN, tracker
+
+#: Operations that only move codes: they leave a running site what it is.
+STAYING = MOVES
+
+#: What to do about a running site that integers cannot have.
+STILL = "give the site a static format, such as int8, by a rule of the plan"
 
 
 @dataclass(frozen=True)
 class Affine:
-    """What the codes of a site stand for: scale * (code - zero), low <= code <= high, held in ``dtype``."""
+    """What the codes of a site stand for: scale * (code - zero), low <= code <= high, held in ``dtype``; ``site`` is the number of one
+    that runs, whose scale is the starting one."""
 
     scale: float
     zero: int
     low: int
     high: int
     dtype: str
+    site: int = -1
 
     def clamp(self, act: str | None) -> tuple[int, int]:
         """The bounds that a fused activation leaves, in codes."""
         if act is None:
             return self.low, self.high
         top = self.high if act == "relu" else self.code(6.0)
+        if self.site >= 0 and top < self.high:
+            raise PlanError(f"its range runs, and {act} ends at one code; {STILL}")
         return max(self.low, self.zero), top
 
     def code(self, real: float) -> int:
@@ -75,6 +87,9 @@ class Lowering:
 
     def __post_init__(self) -> None:
         self.root: Mapping[str, str] = find_sites(self.source).root
+        found = self.q.activations
+        running = [site for site in dict.fromkeys(self.root.values()) if site in found and found[site].when == "running"]
+        self.order = {site: i for i, site in enumerate(running)}
 
     def doors(self) -> list[Node]:
         return [Node("input", (name,), (name,)) for name in self.source.inputs]
@@ -92,7 +107,7 @@ class Lowering:
         """Parameters of the site of a value; `PlanError` where they are not static, per tensor, integers."""
         site = self.root.get(name, name)
         found = self.q.activations.get(site)
-        if found is None or found.when != "static" or found.params is None:
+        if found is None or found.params is None:
             raise PlanError(f"site {site!r} has no static parameters: quantize it with an activation format such as int8")
         fmt = found.format
         if not isinstance(fmt.grid, Uniform) or fmt.min is not None or fmt.share.word != "tensor":
@@ -101,10 +116,14 @@ class Lowering:
         zero = int(found.params.offset.reshape(())) if found.params.offset is not None else 0
         low, high = (int(end) for end in fmt.extremes)
         if scale == 0:  # a site that was 0 throughout calibration says 0 and nothing else
-            return Affine(1.0, zero, zero, zero, str(fmt.grid))
+            return Affine(1.0, zero, zero, zero, str(fmt.grid), self.running(name))
         if fmt.bits == 16 and zero == 0:
             low = -(1 << 15)  # 16-bit kernels clamp to the type, one code below where a symmetric format ends
-        return Affine(scale, zero, low, high, str(fmt.grid))
+        return Affine(scale, zero, low, high, str(fmt.grid), self.running(name))
+
+    def running(self, name: str) -> int:
+        """The number of the running site of a value, -1 where it is static."""
+        return self.order.get(self.root.get(name, ""), -1)
 
     def constant(self, name: str, numbers: ArrayLike, dtype: str = "int32") -> str:
         """Enter a constant, and return its name: that of an equal one where there is one, as the steps of a recurrent layer have
@@ -147,6 +166,7 @@ class Lowering:
         **attrs: Any,
     ) -> None:
         """Add one node that makes ``name``, of the shape of the real value ``like``; what it sums is proven to fit."""
+        attrs |= self._runs(op, inputs, like or name, attrs)
         node = Node(op, (*(self.operand(i) for i in inputs), *constants), (name,), attrs)
         if unknown := [i for i in node.inputs if i not in self.values]:
             raise PlanError(f"it reads {unknown[0]!r}, whose shape is not known")
@@ -154,6 +174,21 @@ class Lowering:
             node = Node(op, node.inputs, node.outputs, {**attrs, "acc": list(acc)})
         self.nodes.append(node)
         self.values[name] = Spec(self.shape(like or name), dtype)
+
+    def _runs(self, op: str, inputs: list[str], name: str, attrs: dict[str, Any]) -> dict[str, Any]:
+        """The marks of a node that reads or makes codes of running sites; `PlanError` where its operation takes none."""
+        sites = [self.running(i) for i in ([] if op == "quantize" else inputs)]
+        sites.append(-1 if op == "dequantize" else self.running(name))
+        if max(sites) < 0 or (op not in TAKEN and {*sites} == {sites[0]} and op in STAYING):
+            return {}
+        if op not in TAKEN:
+            raise PlanError(f"it reads or makes a range that runs, and it takes no shift; {STILL}")
+        if attrs.get("wide"):
+            raise PlanError(f"it has a range that runs, and its sums have 64 bits; {STILL}")
+        if sites[-1] < 0:
+            return {"runs": sites}
+        count = math.prod(n for n in self.shape(name)[1:] if isinstance(n, int))
+        return {"runs": sites, "tracker": tracker(attrs.get("y_zero", attrs.get("zero")), attrs["low"], attrs["high"], count)}
 
     def refuse(self, node: Node, why: str) -> None:
         """Note why ``node`` cannot be lowered; those after it are still looked at."""

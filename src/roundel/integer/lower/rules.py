@@ -17,7 +17,7 @@ from .. import ops
 from ..check import INT32, norm_reach, size
 from ..dialect import quantize_multiplier, quantize_wide
 from ..fixed import STEP_BITS, UNIT_BITS, exp_table, step_table
-from .making import Lowering
+from .making import STILL, Lowering
 from .weights import lower_embedding, lower_matmul, lower_weighted
 
 
@@ -245,11 +245,13 @@ def _move(made: Lowering, node: Node) -> None:
 
 
 def _pad(made: Lowering, node: Node) -> None:
-    at = made.affine(node.name)
+    at, value = made.affine(node.name), node.attrs.get("value", 0.0)
+    if at.site >= 0 and value:
+        raise PlanError(f"it pads with {value:g}, and its range runs; {STILL}")
     if node.attrs.get("mode", "constant") != "constant":
         raise PlanError(f"padding by {node.attrs['mode']} has no integer definition yet")
     made.emit("pad", list(node.inputs), node.name, at.dtype, padding=list(node.attrs["padding"]),
-              code=at.code(node.attrs.get("value", 0.0)))  # fmt: skip
+              code=at.code(value))  # fmt: skip
 
 
 def _split(made: Lowering, node: Node) -> None:
