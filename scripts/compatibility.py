@@ -47,6 +47,17 @@ class Fn(nn.Module):
         return self.fn(*xs)
 
 
+class Outputs(nn.Module):
+    """A recurrent layer without its last states."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
 @dataclass(frozen=True)
 class Row:
     name: str
@@ -97,6 +108,8 @@ ROWS = (
     Row("layer_norm", lambda: nn.LayerNorm(16), ((5, 16),)),
     Row("rms_norm", lambda: nn.RMSNorm(16), ((5, 16),)),
     _fn("attention", F.scaled_dot_product_attention, (2, 5, 8), (2, 5, 8), (2, 5, 8)),
+    Row("gru", lambda: Outputs(nn.GRU(6, 8, batch_first=True)), ((3, 6),), True),
+    Row("lstm", lambda: Outputs(nn.LSTM(6, 8, batch_first=True)), ((3, 6),), True),
 )
 
 
@@ -120,7 +133,7 @@ class Footnotes:
 def reason(why: str) -> str:
     """What an error says about the one node that there is: without the node, without where the runtime keeps its sources."""
     line = why.strip().splitlines()[-1].strip()
-    line = re.sub(r"^\S+ \(\w+\): ", "", line)
+    line = re.sub(r"^(\S+ \(\w+\), )*\S+ \(\w+\): ", "", line)
     line = line.removeprefix("the .tflite file that was made is not what was meant, and was not kept: ")
     line = re.sub(r"(tensorflow/lite/micro|tflite)/kernels/\w+\.cc:\d+ ", "", line)
     line = re.sub(r"\.? ?Node (number 0 \(\w+\)|\w+ \(number 0\)) failed to .*", "", line)

@@ -3,13 +3,13 @@
     python scripts/drift.py --model ResNet-20 --samples 300
     python scripts/drift.py --model DS-CNN --drift gain --plot drift.svg
 
-A stream is `--samples` scored examples in a fixed random order, one after the other; what drifts does so from `--onset` on. Columns:
-static ranges; static ones with each example's mean and deviation put back to calibration's; running ranges; static ranges calibrated
-on data that drift likewise, which no range that one sees before the stream can beat; dynamic ranges of the inputs of weighted layers
-(all else is float there; for images the same per token and, one example at a time, per tensor).
+A stream is `--samples` scored examples in a fixed random order, one after the other; what drifts does so from `--onset` on.
+Columns: static ranges; static ones with each example's mean and deviation put back to calibration's; running ranges; static ones
+calibrated on data that drift likewise; dynamic ranges of the inputs of weighted layers (all else is float there; for images the
+same per token and, one example at a time, per tensor).
 
-Figures over what comes after the onset: KL(float || quantized) in nats, flips, top-1; for running ranges also how many examples pass
-until the mean KL of 25 stays within 1.5 times what the same examples cost once the ranges have settled (in a second pass).
+Figures over what comes after the onset: KL(float || quantized) in nats, flips, top-1; for running ranges also how many examples
+pass until the mean KL of 25 stays within 1.5 times what the same examples cost once the ranges have settled (in a second pass).
 """
 
 from __future__ import annotations

@@ -28,16 +28,16 @@ from roundel.fisher import hessians
 from roundel.formats import QTensor
 from roundel.plan import Plan, Rule
 from roundel.solvers import NEED_HESSIAN, SOLVERS, solved
-from roundel.tune.endtoend import Teaching, tune_model
+from roundel.tune.endtoend import RATES, Teaching, tune_model
 
 #: Bits -> (format, format of the layers that most depends on, their patterns); tables are one per tensor, scales int8 per row.
 BUDGETS: Mapping[float, tuple[str, str, tuple[str, ...]]] = {
     4.5: ("cb16@tensor/channel*int8", "cb32@tensor/channel*int8", ("*.down_proj", "*.v_proj")),
-    4.25: ("cb16@tensor/channel*int8", "", ()),
+    4.25: ("cb16@tensor/channel*int8", "cb32@tensor/channel*int8", ("*.o_proj",)),
     3.5: ("cb8@tensor/channel*int8", "cb16@tensor/channel*int8", ("*.down_proj", "*.o_proj")),
-    3.25: ("cb8@tensor/channel*int8", "", ()),
+    3.25: ("cb8@tensor/channel*int8", "cb16@tensor/channel*int8", ("*.o_proj",)),
     2.5: ("cb4@tensor/channel*int8", "cb8@tensor/channel*int8", ("*.down_proj", "*.o_proj")),
-    2.25: ("cb4@tensor/channel*int8", "", ()),
+    2.25: ("cb4@tensor/channel*int8", "cb8@tensor/channel*int8", ("*.o_proj",)),
 }
 
 #: Tokens of a training example, and examples of a training batch.
@@ -67,7 +67,8 @@ def bits(tensors: Mapping[str, QTensor]) -> float:
 def solve(q: rd.QModel, real: nn.Module, solver: str, moments: Mapping[str, Tensor]) -> tuple[rd.QModel, float, float]:
     """(``q`` solved anew, mean relative error before and after), each layer on the inputs of the float network."""
     if solver not in NEED_HESSIAN:
-        return q, float("nan"), float("nan")
+        free = {name: SOLVERS[solver](real.get_parameter(name), t.format) for name, t in q.tensors.items()}
+        return replace(q, tensors=free), float("nan"), float("nan")
     done = {name: solved(SOLVERS[solver], real.get_parameter(name), t.format, moments[name]) for name, t in q.tensors.items()}
     before, after = (sum(getattr(one, what) for one in done.values()) / len(done) for what in ("before", "after"))
     return replace(q, tensors={name: one.tensor for name, one in done.items()}), before, after
@@ -76,12 +77,12 @@ def solve(q: rd.QModel, real: nn.Module, solver: str, moments: Mapping[str, Tens
 # -- stories260K ------------------------------------------------------------------------------------------------------
 
 
-def chunks(documents: Sequence[Tensor], seed: int = 1) -> list[Batch]:
+def chunks(documents: Sequence[Tensor], seed: int = 1, size: int = BATCH) -> list[Batch]:
     """Token ids joined, cut to `LENGTH` and shuffled into batches."""
     ids = torch.cat([d.flatten() for d in documents])
     rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    return [Batch((part,)) for part in rows.split(BATCH)]
+    return [Batch((part,)) for part in rows.split(size)]
 
 
 @torch.no_grad()
@@ -128,10 +129,13 @@ def rounded(real: nn.Module, text: str, high: str = "", patterns: Sequence[str] 
 
 @cli.command("stories")
 @click.option("--budget", "budgets", multiple=True, type=float, default=tuple(BUDGETS), help="Only these.")
-@click.option("--steps", default=200, show_default=True, help="Steps of end-to-end tuning, 2,048 tokens each.")
+@click.option("--steps", default=200, show_default=True, help="Steps of end-to-end tuning.")
 @click.option("--samples", default=400, show_default=True, help="Examples drawn from the model itself.")
+@click.option("--batch", default=BATCH, show_default=True, help="Examples of 256 tokens a step.")
+@click.option("--rate", type=float, help="Learning rate of the weights; without it by the bits.")
 @click.option("--solver", default="descent", show_default=True)
-def stories_(budgets: Sequence[float], steps: int, samples: int, solver: str) -> None:
+@click.option("--quick", is_flag=True, help="Score only what was tuned.")
+def stories_(budgets: Sequence[float], steps: int, samples: int, batch: int, rate: float | None, solver: str, quick: bool) -> None:
     """Budgets on stories260K: solved with guided Hessians, then tuned end to end."""
     real, learn, held, score = stories()
     start = time.process_time()
@@ -145,11 +149,12 @@ def stories_(budgets: Sequence[float], steps: int, samples: int, solver: str) ->
         q, *_ = solve(q, real, solver, hessians(real, learn, set(q.tensors), guided=True))
         middle = time.process_time() - start
         name = f"{budget} bits: `{fmt}`" + (f", `{high}` for {', '.join(patterns)}" if high else "")
-        story_row(f"{name}, {solver}", q, real, score, middle)
+        if not quick:
+            story_row(f"{name}, {solver}", q, real, score, middle)
         start = time.process_time()
-        # two bits move far from where they start: their weights learn at twice the rate
-        rates = {**Teaching(steps=1).rates, "weights": 2e-2 if budget < 3 else 1e-2}
-        q = tune_model(q, real, chunks(text), held, Teaching(steps=steps, rates=rates))
+        # the fewer the bits, the farther the weights have to move
+        rates = {**RATES, "weights": rate or {2: 1e-2, 3: 5e-3, 4: 3e-3}[int(budget)]}
+        q = tune_model(q, real, chunks(text, size=batch), held, Teaching(steps=steps, rates=rates, start="codes"))
         story_row(f"{name}, tuned", q, real, score, middle + drawn + time.process_time() - start, q.notes[-1].text)
 
 

@@ -1,7 +1,7 @@
 """Measure the five real models of docs/data.md and print Markdown; it judges nothing, and a figure stands beside its command.
 
     python scripts/measure.py float      the models as they came
-    python scripts/measure.py static     weights and every edge in int8, over several calibration draws
+    python scripts/measure.py static     weights and every edge in int8, or as asked, over several calibration draws
     python scripts/measure.py weights    weight-only formats
     python scripts/measure.py integer    the rows of static again, whole in integers
     python scripts/measure.py flash      DS-CNN in C for a Cortex-M4: flash, arena and instructions beside the divergence
@@ -149,9 +149,10 @@ def _join(batches: Sequence[Batch]) -> Batch:
 
 
 def _draw(pool: Sequence[Batch], seed: int, share: float = 0.5) -> list[Batch]:
-    """A calibration draw: a random half of the examples, in their own order."""
+    """A calibration draw: a random share of the examples in their own order; all of them in a random one, so that other examples
+    judge in each draw."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _batched([pool[i] for i in sorted(order[: round(share * len(pool))])])
+    return _batched([pool[i] for i in (sorted(order[: round(share * len(pool))]) if share < 1 else order)])
 
 
 def _network(model: nn.Module, case: Case, example: Batch) -> nn.Module:
@@ -263,24 +264,32 @@ def float_(names: Sequence[str], write: bool) -> None:
 @_models
 @_write
 @click.option("--weights", default="int8", show_default=True)
+@click.option("--activations", default="int8", show_default=True)
 @click.option("--ranges", default="mse", show_default=True)
 @click.option("--effort", default="fast", show_default=True)
-@click.option("--draws", default=5, show_default=True, help="Calibration draws: random halves of the calibration split.")
-def static(names: Sequence[str], write: bool, weights: str, ranges: str, effort: str, draws: int) -> None:
-    """Weights and every edge in int8, over several calibration draws."""
-    head = ("model", "KL mean (worst)", "flips mean (worst)", "first draw", "bytes", "float bytes", "sites quantized / float")
+@click.option("--budget", help="Time that quantizing once may take, such as 5min, under effort=best.")
+@click.option("--share", default=0.5, show_default=True, help="How much of the calibration split a draw takes, at random.")
+@click.option("--draws", default=5, show_default=True, help="Calibration draws; with all of the split they are orders of it.")
+def static(names: Sequence[str], write: bool, weights: str, activations: str, ranges: str, effort: str, budget: str | None,
+           share: float, draws: int) -> None:  # fmt: skip
+    """Weights and every edge quantized, over several calibration draws."""
+    head = ("model", "KL mean (worst)", "flips mean (worst)", "first draw", "bytes", "float bytes", "sites quantized / float",
+            "CPU s")  # fmt: skip
     with _table(write, *head) as row:
         for name, case in _chosen(names):
             if not case.static:
                 continue
             model, pool, score = case.model(), case.calibrate(), case.score()
-            network, runs = _network(model, case, pool[0]), []
+            network, runs, spent = _network(model, case, pool[0]), [], 0.0
             for draw in range(1, draws + 1):
-                q = rd.quantize(network, weights, "int8", data=_draw(pool, draw), ranges=ranges, effort=effort)
+                start = time.process_time()
+                q = rd.quantize(network, weights, activations, data=_draw(pool, draw, share), ranges=ranges, effort=effort,
+                                budget=budget, seed=draw)  # fmt: skip
+                spent += time.process_time() - start
                 runs.append(rd.evaluate(q, against=model, data=score, metric=case.metric, latency=False, layers=False))
             kl, flips = [r.kl or 0.0 for r in runs], [r.flips or 0.0 for r in runs]
             row(name, f"{sum(kl) / draws:.4f} ({max(kl):.4f})", f"{sum(flips) / draws:.2%} ({max(flips):.2%})", _metric(runs[0]),
-                f"{runs[0].nbytes:,}", f"{runs[0].nbytes_float:,}", _sites(q))  # fmt: skip
+                f"{runs[0].nbytes:,}", f"{runs[0].nbytes_float:,}", _sites(q), f"{spent / draws:.0f}")  # fmt: skip
 
 
 @cli.command()

@@ -28,8 +28,7 @@ from roundel.solvers import rtn
 from roundel.transforms.channels import find_channels, scaled_graph
 
 #: Examples that train, that a diagnosis sees, and that measure its promise.
-TRAIN, SEEN = slice(0, 800), slice(800, 1312)
-FRESH = slice(1312, 1797)
+TRAIN, SEEN, FRESH = slice(0, 600), slice(600, 1200), slice(1200, 1797)
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
@@ -311,7 +310,9 @@ def _node_input(q: QModel) -> str:
     return q.structure.inputs[0]
 
 
-def labelled_wrong(seed: int, name: str, change: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor] = lambda x: x) -> Fault:
+def labelled_wrong(
+    seed: int, name: str, change: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor] = lambda x: x
+) -> Fault:
     """The model was quantized well; the data are prepared otherwise."""
     model = net(name, seed)
     q = rd.quantize(model, "int8", "int8", data=images(TRAIN, change=right))
@@ -323,7 +324,9 @@ def unfolded(seed: int, name: str, norm: str) -> Fault:
     model = net(name, seed)
     conv = getattr(model, norm.replace("bn", "conv") if name == "cnn" else {"bn0": "stem", "bn2": "pw1"}[norm])
     bn = getattr(model, norm)
-    factor = 10 ** torch.linspace(-1.5, 1.5, len(bn.weight))[torch.randperm(len(bn.weight), generator=torch.Generator().manual_seed(1))]
+    factor = (
+        10 ** torch.linspace(-1.5, 1.5, len(bn.weight))[torch.randperm(len(bn.weight), generator=torch.Generator().manual_seed(1))]
+    )
     conv.weight.data *= factor[:, None, None, None]
     bn.running_mean *= factor
     bn.running_var *= factor.square()

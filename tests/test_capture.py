@@ -420,7 +420,7 @@ def test_write_into_a_buffer_is_refused() -> None:
 def test_one_tensor_given_for_two_inputs_stands_for_two() -> None:
     """torch.export would read the second input for both."""
     x = torch.randn(3, 4)
-    graph = capture(Fn(lambda a, b: a.relu() - b.sigmoid()), (x, x))
+    graph = capture(Fn(lambda m, a, b: a.relu() - b.sigmoid()), (x, x))
     assert [node.inputs for node in graph][:2] == [(graph.inputs[0],), (graph.inputs[1],)]
 
 

@@ -50,6 +50,19 @@ def test_random_graphs_on_boards(name: str, tmp_path: Path) -> None:
     assert total > 1000
 
 
+@pytest.mark.soak
+@pytest.mark.proves("c.boards.random")
+def test_random_graphs_on_aarch64(tmp_path: Path) -> None:
+    """Which runs them as programs of Linux, one each."""
+    playable(name := "qemu-aarch64")
+    total = 0
+    for seed in range(2000, 2012):
+        graph = draw(seed, INTEGER[seed % 4])
+        (folder := tmp_path / str(seed)).mkdir()
+        total += compare(graph, qemu.run(None, graph, codes := feed(graph, 2), folder, name), simulated(graph, codes))
+    assert total > 10_000
+
+
 @pytest.mark.proves("c.boards.random")
 @pytest.mark.parametrize("name", [*NEAR, pytest.param("qemu-cortex-m33", marks=pytest.mark.soak)])
 def test_tails_of_vectors(name: str, tmp_path: Path) -> None:

@@ -259,6 +259,7 @@ def test_refusals() -> None:
         (Net(lambda *x: attend(*x, attn_mask=SEEN * 2.0)), (heads(0), heads(1), heads(2)), "adds numbers to scores"),
         (Net(lambda *x: attend(*x, attn_mask=SEEN & False)), (heads(0), heads(1), heads(2)), "hides every key"),
         (nn.ConvTranspose2d(4, 6, 3, groups=2), (X,), "by input"),
+        (Net(lambda a: torch.minimum(a, torch.arange(1.0, 5).reshape(4, 1, 1))), (X,), "minimum.*depends on .* too"),
     ]:
         with pytest.raises(rd.PlanError, match=message):
             both(module, *xs)

@@ -321,8 +321,9 @@ def test_an_int16_state_keeps_what_an_int8_one_loses() -> None:
     torch.manual_seed(0)
     layer = nn.GRU(4, 8, batch_first=True)
     with torch.no_grad():
-        getattr(layer, "bias_ih_l0")[8:16] = 5.0  # z near 1: the state keeps nearly all that it has
-    model, x = Words(layer, 8).eval(), torch.randn(32, 12, 4)
+        bias = layer.bias_ih_l0
+        bias[8:16] = 5.0  # z near 1: the state keeps nearly all that it has
+    model, x = Words(layer, 8).eval(), torch.randn(32, 8, 4)
     sites = fine_sites(fuse(capture(model, x)))
     coarse = rd.Plan((Rule("*", "int8", "int8"), *(Rule(site, activation="int8") for site in sites)))
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,18 @@ import torch
 from torch import nn
 
 import roundel as rd
+from roundel.formats.codec import Stored
+from roundel.graph import Graph
+from roundel.integer import check_integer
+from roundel.integer.running import BOUND, DOWN, UP, Exponents, Site, observed
 from roundel.network.layer import Activation
 from roundel.network.running import SETTLED, Running, State, Tracker, advance, ends, extremes, reset, trackers
+from roundel.network.sites import find_sites
 from roundel.plan import Plan, Rule
 from roundel.qmodel import fake
+from roundel.runtimes import hostc, qemu
+
+needs_cc = pytest.mark.skipif(hostc.absent() is not None, reason=str(hostc.absent()))
 
 GRIDS = ["int8", "int8s", "int4", "uint8~uint8", "int16", "fp8", "int3"]
 
@@ -115,7 +125,8 @@ def test_nothing_moves_within_the_margin_and_one_outlier_is_bounded() -> None:
     for i in range(200):
         sample = torch.randn(1, 400, generator=g) * 0.8 + 0.8
         part.follow(sample if i != 100 else sample * 1e6)
-    assert part.counts.tolist()[1:3] == [0, 0] and part.range.tolist() == list(part.start)
+    assert part.counts.tolist()[1:3] == [0, 0]
+    assert part.range.tolist() == list(part.start)
     assert part.counts[4] > 300  # numbers beyond the range: those of the outlier, and few others
     assert part.told() is None
 
@@ -128,7 +139,8 @@ def test_range_comes_back_after_a_burst() -> None:
             assert part.range[1] > 8
         if i == 250:  # a hundred samples later
             assert part.range[1] < 3 * 1.15
-    assert part.told() is not None and "its range moved" in part.told()
+    assert part.told() is not None
+    assert "its range moved" in part.told()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
@@ -137,7 +149,9 @@ def test_odd_numbers_leave_a_range_that_codes(value: float) -> None:
     for _ in range(50):
         part.follow(torch.full((2, 7), value))
     low, high = part.range.tolist()
-    assert math.isfinite(low) and math.isfinite(high) and low < high
+    assert math.isfinite(low)
+    assert math.isfinite(high)
+    assert low < high
     part.follow(torch.zeros(0, 7))
     assert part.counts[0] == 100
     assert part.quantize(torch.zeros(3, 7)).abs().max() == 0
@@ -150,7 +164,8 @@ def test_extremes_are_those_of_each_sample() -> None:
 
 def test_a_range_that_has_not_moved_is_the_stored_one() -> None:
     part, x = site(margin=9.0), torch.randn(5, 30)
-    assert torch.equal(part.follow(x), part.base.quantize(x)) and part.live.params is part.base.params
+    assert torch.equal(part.follow(x), part.base.quantize(x))
+    assert part.live.params is part.base.params
 
 
 def test_advance_leaves_its_state_alone() -> None:
@@ -226,7 +241,8 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     reset(q.module)
     assert torch.equal(back.module(x), q.module(x))
-    assert back.nbytes == q.nbytes and {row.when for row in rd.inspect(back).sites} == {"running"}
+    assert back.nbytes == q.nbytes
+    assert {row.when for row in rd.inspect(back).sites} == {"running"}
 
 
 def test_quantizing_twice_gives_the_same_bytes(tmp_path) -> None:
@@ -254,7 +270,8 @@ def test_evaluate_starts_afresh_tells_and_leaves_no_trace() -> None:
     told = [rd.evaluate(q, against=net, data=[x], latency=latency, metric="cosine") for latency in (False, True)]
     assert all(torch.equal(t, before[name]) for name, t in q.module.state_dict().items())
     moved = [[note for note in one.notes if "its range moved" in note] for one in told]
-    assert moved[0] == moved[1] and moved[0][0].split(":")[0] in q.activations
+    assert moved[0] == moved[1]
+    assert moved[0][0].split(":")[0] in q.activations
     assert told[0].kl == told[1].kl
     reset(q.module)
     q.module(x)
@@ -284,7 +301,8 @@ def test_what_cannot_run_stays_static_and_says_so() -> None:
     q = rd.quantize(Joined(), "int8", "int8:running", data=[x])
     static = {name for name, a in q.activations.items() if a.when == "static"}
     told = {note.subject: note for note in q.notes if "its range stays" in note.text}
-    assert static == told.keys() and len(static) >= 2
+    assert static == told.keys()
+    assert len(static) >= 2
     assert any("several values share" in n.text and n.fallback for n in told.values())
     assert any("fixes its range" in n.text and not n.fallback for n in told.values())
     with pytest.raises(rd.CheckError, match="several values share"):
@@ -293,9 +311,11 @@ def test_what_cannot_run_stays_static_and_says_so() -> None:
 
 def test_constant_numbers_stay_static() -> None:
     q = rd.quantize(nn.Sequential(nn.Linear(4, 4)), "int8", "int8:running", data=[torch.ones(16, 4)])
-    assert q.activations["input"].when == "static" and any("do not vary" in n.text for n in q.notes)
+    assert q.activations["input"].when == "static"
+    assert any("do not vary" in n.text for n in q.notes)
     q = rd.quantize(nn.Sequential(nn.Linear(4, 4)), "int8", "int8:running", data=[torch.zeros(16, 4)])
-    assert q.activations["input"].when == "static" and any("nothing but 0" in n.text for n in q.notes)
+    assert q.activations["input"].when == "static"
+    assert any("nothing but 0" in n.text for n in q.notes)
 
 
 def test_refusals() -> None:
@@ -310,3 +330,184 @@ def test_ends_are_those_of_the_grid() -> None:
     fmt = rd.Format.parse("int8", "activation")
     params = fmt.store(fmt.from_range(torch.full((1, 1), -1.0), torch.full((1, 1), 1.55)))
     assert ends(Activation(fmt, "static", params)) == pytest.approx((-1.0, 1.55), abs=0.01)
+
+
+# -- in integers ------------------------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """Every operation that takes a shift: convolutions, depthwise and plain, sums, a product, means, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point, self.up, self.head = nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 2, stride=2), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.one(x))
+        b = torch.relu(self.deep(a))
+        c = nn.functional.max_pool2d(a - self.point(b) * b + b, 2)
+        return self.head(nn.functional.avg_pool2d(self.up(c), 2).mean((2, 3)))
+
+
+@cache
+def shifted(weights: str) -> rd.QModel:
+    torch.manual_seed(3)
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    return rd.quantize(Shifted(), weights, "int8:running", data=[x])
+
+
+def lowered(dialect: str = "R2", weights: str = "int8") -> tuple[rd.QModel, Graph]:
+    return shifted(weights), rd.lower(shifted(weights), dialect)
+
+
+def simulated(graph: Graph, x: torch.Tensor, state: Exponents | None = None) -> dict[str, np.ndarray]:
+    seen: dict[str, np.ndarray] = {}
+    rd.simulate(graph, x, watch=seen.__setitem__, state=state)
+    return seen
+
+
+@pytest.mark.proves("adaptive.integer")
+def test_exponent_by_hand() -> None:
+    """Three full samples: one up. Twelve quiet ones: one down. Never past the bound; what lies between starts the count anew."""
+    tracks = [0, -128, 127, 1, 47]
+    full, quiet, some = np.array([127, -128, 5]), np.array([47, -47, 5]), np.array([48, 127, 0])
+    site = Site()
+    for codes in [full] * 2 + [some] + [full] * 2:
+        site = observed(site, tracks, codes)
+    assert site == Site(0, 0, 2, 0)
+    assert observed(site, tracks, full) == Site(0, 1, 0, 0)
+    for used in (-BOUND, 0, BOUND):
+        assert observed(Site(used, used, UP - 1), tracks, full).next == min(used + 1, BOUND)
+        assert observed(Site(used, used, 0, DOWN - 1), tracks, quiet).next == max(used - 1, -BOUND)
+    assert observed(Site(0, 0, 2, 5), tracks, some) == Site()
+    assert observed(Site(0, 0, 2, 5), tracks, np.zeros(0, np.int64)) == Site(0, 0, 2, 5)
+
+
+@pytest.mark.proves("adaptive.integer")
+@pytest.mark.parametrize("exponents", [0, 1, -2, BOUND, "mixed"])
+def test_exponents_are_scales_times_powers_of_two(exponents: int | str) -> None:
+    """The codes of a network whose stored scales were multiplied, lowered anew, but for what a bias loses in coarser units."""
+    q, graph = lowered()
+    rng = np.random.default_rng(0)
+    order = list(dict.fromkeys(site for site in find_sites(q.structure).root.values() if q.activations[site].when == "running"))
+    ks = [int(rng.integers(-2, 3)) if exponents == "mixed" else int(exponents) for _ in order]
+    scaled = {}
+    for site, a in q.activations.items():
+        k = ks[order.index(site)] if site in order else 0
+        params = Stored(a.params.scale * 2.0**k, a.params.offset, a.params.table)
+        scaled[site] = Activation(a.format, "static", params)
+    again = rd.lower(dataclasses.replace(q, activations=scaled))
+    x = torch.randn(1, 3, 8, 8) * (2.0 ** ks[0])
+    want, got = simulated(again, x), simulated(graph, x, Exponents([Site(k, k) for k in ks]))
+    for name in want.keys() & {node.name for node in graph if node.op != "dequantize"}:
+        assert np.abs(want[name] - got[name]).max() <= 4
+        assert np.abs(want[name] - got[name]).mean() < 0.4
+    for node in graph:
+        if node.op == "dequantize":
+            step = q.activations[order[node.attrs["runs"][0]]].params.scale.item() * 2.0 ** ks[node.attrs["runs"][0]]
+            assert np.abs(want[node.name] - got[node.name]).max() <= 4.01 * step
+
+
+@pytest.mark.proves("adaptive.integer")
+def test_state_goes_from_call_to_call() -> None:
+    _, graph = lowered()
+    check_integer(graph)
+    x = stream(gain=6.0)
+    states = [Exponents.of(graph) for _ in range(3)]
+    whole = rd.simulate(graph, x, state=states[0])
+    assert np.array_equal(np.concatenate([rd.simulate(graph, part, state=states[1]) for part in x.split(7)]), whole)
+    assert np.array_equal(rd.simulate(graph, x[:50], fast=False, state=states[2]), whole[:50])
+    assert states[0] == states[1]
+    assert any(site.used for site in states[0].sites)
+    assert np.array_equal(rd.simulate(graph, x), whole)
+    assert rd.simulate(graph, x[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("gain", [0.15, 6.0])
+def test_integers_follow_a_gain(gain: float) -> None:
+    """After a hundred samples, nearer to float than static integers by far, and without drift no further."""
+    torch.manual_seed(3)
+    net = network()
+    q, s = made(model=net), made("int8", model=net)
+    graph, still = rd.lower(q), rd.lower(s)
+    x = stream(gain=gain, at=0, n=200)
+    with torch.no_grad():
+        real = net(x).numpy()[100:]
+    errors = [np.sqrt(np.square(rd.simulate(g, x)[100:] - real).mean()) for g in (graph, still)]
+    assert errors[0] < errors[1] * (0.5 if gain > 1 else 1.02)
+
+
+@needs_cc
+@pytest.mark.proves("adaptive.integer-c")
+@pytest.mark.parametrize(
+    ("dialect", "weights"), [("R1", "int8"), ("R2", "int8"), ("R2a", "int4"), ("R3", "cb16/tensor"), ("R2", "int2")]
+)
+def test_c_is_the_simulation_over_a_stream(dialect: str, weights: str, tmp_path: Path) -> None:
+    _, graph = lowered(dialect, weights=weights)
+    x = torch.cat([stream(gain=6.0, at=5, n=30), stream(n=30, gain=0.05, at=0)])
+    state = Exponents.of(graph)
+    want = simulated(graph, x, state)
+    assert {site.used for site in state.sites} != {0}
+    got = hostc.run(None, graph, {graph.inputs[0]: want[f"{graph.inputs[0]}.codes"]}, tmp_path)
+    assert all(np.array_equal(got[node.name], want[node.name]) for node in graph if node.op != "dequantize")
+
+
+@pytest.mark.skipif(qemu.absent("qemu-cortex-m4") is not None, reason=str(qemu.absent("qemu-cortex-m4")))
+@pytest.mark.proves("adaptive.integer-c")
+def test_a_board_is_the_simulation_over_a_stream(tmp_path: Path) -> None:
+    _, graph = lowered()
+    want = simulated(graph, stream(gain=6.0, at=10, n=40))
+    got = qemu.run(None, graph, {graph.inputs[0]: want[f"{graph.inputs[0]}.codes"]}, tmp_path, "qemu-cortex-m4")
+    assert all(np.array_equal(got[node.name], want[node.name]) for node in graph if node.op != "dequantize")
+
+
+@needs_cc
+def test_export_and_verify(tmp_path: Path) -> None:
+    q, _ = lowered()
+    rd.export(q, tmp_path / "firmware", "cortex-m4")
+    text = (tmp_path / "firmware" / "firmware.h").read_text()
+    assert "FIRMWARE_INPUT0_EXPONENT (firmware_exponent(" in text
+    assert "void firmware_reset(void);" in text
+    found = rd.verify(q, against=["host-c"], data=[stream(gain=6.0, at=10, n=60)])["host-c"]
+    assert (found.differing, found.why) == (0, None)
+    assert found.total > 0
+    for target in ("model.tflite", "model.onnx"):
+        with pytest.raises(rd.PlanError, match="ranges that run"):
+            rd.export(q, tmp_path / target)
+
+
+@pytest.mark.proves("adaptive.integer")
+@pytest.mark.parametrize("k", [-BOUND, BOUND])
+def test_no_sum_leaves_its_proof_at_any_exponent(k: int) -> None:
+    q, graph = lowered()
+    state = Exponents([Site(k if i % 2 else -k, k if i % 2 else -k) for i in range(len(q.activations))])
+    rd.simulate(graph, torch.randn(8, 3, 8, 8) * 1e3, state=state)  # `within` raises
+
+
+class Odd(nn.Module):
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.one, self.after, self.two = nn.Conv2d(3, 4, 1), after, nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.after(self.one(x)))
+
+
+@pytest.mark.proves("adaptive.integer-refused")
+@pytest.mark.parametrize(
+    ("after", "says"), [(nn.ReLU6(), "relu6 ends at one code"), (nn.GELU(), "takes no shift"), (nn.Softmax(1), "takes no shift")]
+)
+def test_what_takes_no_shift_is_refused_by_name(after: nn.Module, says: str) -> None:
+    x = torch.randn(32, 3, 4, 4)
+    model = Odd(after)
+    with pytest.raises(rd.PlanError, match=f"(?s)cannot be lowered.*(one|after).*{says}.*static format"):
+        rd.lower(rd.quantize(model, "int8", "int8:running", data=[x]))
+    plan = Plan((Rule("*", "int8", "int8"), Rule("x", activation="int8:running")))
+    rd.lower(rd.quantize(model, plan=plan, data=[x]))
+
+
+def test_sums_of_64_bits_are_refused() -> None:
+    x = torch.randn(32, 3, 8, 8)
+    with pytest.raises(rd.PlanError, match="64 bits"):
+        rd.lower(rd.quantize(network(), "int8", "int16:running", data=[x]))

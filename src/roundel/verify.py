@@ -21,6 +21,7 @@ from .graph.module import bind_inputs
 from .integer import in_dialect, lower, simulate
 from .integer.dialect import Ints
 from .integer.ops import INTEGER
+from .integer.running import Exponents
 from .integer.simulate import as_array
 from .qmodel import QModel
 from .runtimes import runtime
@@ -169,10 +170,13 @@ def _limited(items: Iterable[Batch], limit: int | None) -> list[Batch]:
 def _simulated(graph: Graph, items: list[Batch]) -> tuple[dict[str, Ints], dict[str, Ints]]:
     """(codes of every value, codes of the inputs) over all examples."""
     seen: dict[str, list[Any]] = {}
+    state = Exponents.of(graph)
     for batch in items:
         bound = bind_inputs(graph, batch.args, dict(batch.named))
-        simulate(graph, watch=lambda name, codes: seen.setdefault(name, []).append(codes), **bound)  # type: ignore[arg-type]
-    return {name: _joined(parts, graph.values[name].shape) for name, parts in seen.items()}, _at_the_doors(graph, items)
+        simulate(graph, watch=lambda name, codes: seen.setdefault(name, []).append(codes), state=state, **bound)  # type: ignore[arg-type]
+    found = {name: _joined(parts, graph.values[name].shape) for name, parts in seen.items()}
+    running = {node.inputs[0]: found[node.name] for node in graph if node.op == "quantize" and "runs" in node.attrs}
+    return found, _at_the_doors(graph, items) | running
 
 
 def _at_the_doors(graph: Graph, items: list[Batch]) -> dict[str, Ints]:
@@ -183,7 +187,8 @@ def _at_the_doors(graph: Graph, items: list[Batch]) -> dict[str, Ints]:
     for name in graph.inputs:
         parts = [as_array(inputs[name]) for inputs in bound]
         if name in doors:
-            parts = [INTEGER["quantize"](part, **doors[name].attrs) for part in parts]
+            door = {key: doors[name].attrs[key] for key in ("scale", "zero", "low", "high")}
+            parts = [INTEGER["quantize"](part, **door) for part in parts]
         out[name] = np.concatenate(parts).astype(np.int64)
     return out
 

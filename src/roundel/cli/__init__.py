@@ -16,7 +16,7 @@ import click
 from .. import __version__
 from ..errors import CheckError, RoundelError
 from ..report.text import inert
-from . import device, formats, measure, models, train
+from . import device, diagnose, formats, measure, models, train
 from .formats import CATALOGUE
 
 
@@ -26,7 +26,7 @@ def cli() -> None:
     """Make a trained model small, and prove that it still works."""
 
 
-for _room in (formats, models, train, measure, device):
+for _room in (formats, models, train, measure, diagnose, device):
     for _command in _room.COMMANDS:
         cli.add_command(_command)
 

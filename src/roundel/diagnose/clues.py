@@ -6,7 +6,6 @@ believed before its cure was measured, so a clue may be wrong; it must not be bl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,18 +15,20 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..formats.qtensor import from_matrix, to_matrix
-from ..graph import Graph, GraphModule, Node
+from ..graph import GraphModule, Node
 from ..network.layer import WEIGHTED, Activation
-from ..network.sites import MOVES, edges, find_sites
+from ..network.sites import edges, find_sites
 from ..network.walk import leaves
 from ..qmodel import QModel
 from ..quantize.networks import GraphNetwork
 from ..ranges import static_activation
 from ..solvers import rtn
+from ..stats import Stats
 from ..transforms.equalize import equalize
 from .edits import remade, with_format, with_ranges, with_tensors, with_weight
 from .evidence import Evidence, Seen
-from .machine import WORD, lost_in_pairs, meetings, overflowing, pairing
+from .loss import bare
+from .machine import lost_in_pairs, meetings, overflowing, pairing
 
 #: Parts of a concatenation are unlike, and channels stand out, from this ratio of magnitudes on.
 UNLIKE = 8.0
@@ -67,8 +68,8 @@ def bad_batch(e: Evidence) -> Iterator[Suspect]:
     """Batches were left out: ranges without them."""
     if e.bad and e.inputs:
         which = ", ".join(map(str, e.bad))
-        yield Suspect(e.inputs[0], "bad calibration batch", f"calibrate without batch {which}, whose largest input is far above the "
-                      "others'", partial(with_ranges, e.q, _statistics(e), e.method, e.fixed))  # fmt: skip
+        told = f"calibrate without batch {which}, whose largest input is far above the others'"
+        yield Suspect(e.inputs[0], "bad calibration batch", told, partial(with_ranges, e.q, _statistics(e), e.method, e.fixed))
 
 
 def other_inputs(e: Evidence) -> Iterator[Suspect]:
@@ -78,9 +79,9 @@ def other_inputs(e: Evidence) -> Iterator[Suspect]:
         if now > WRONG * best:
             low, high = _ends(e.static[name])
             seen = e.stats[name]
-            yield Suspect(name, "wrong preprocessing",
-                          f"its range is {low:.3g} to {high:.3g}, the data's {seen.min:.3g} to {seen.max:.3g}: prepare both alike and "
-                          "calibrate again", partial(with_ranges, e.q, _statistics(e), e.method, e.fixed))  # fmt: skip
+            said = f"its range is {low:.3g} to {high:.3g}, the data's {seen.min:.3g} to {seen.max:.3g}"
+            told = f"prepare both alike and calibrate again: {said}"
+            yield Suspect(name, "wrong preprocessing", told, partial(with_ranges, e.q, _statistics(e), e.method, e.fixed))
 
 
 # -- the structure ----------------------------------------------------------------------------------------------------
@@ -129,8 +130,8 @@ def transformed(e: Evidence) -> Iterator[Suspect]:
     worst = max(factors.values(), default=0.0)
     if worst > 1.0:
         name = next(name for name, spread in factors.items() if spread >= 0.8 * worst)
-        yield Suspect(_layer(name), "harmful transform", f"leave its channels as they were: they are scaled by factors {2**worst:.3g} apart",
-                      partial(_plain, e), rival=partial(_again, e))  # fmt: skip
+        told = f"leave its channels as they were: they are scaled by factors {2**worst:.3g} apart"
+        yield Suspect(_layer(name), "harmful transform", told, partial(_plain, e), rival=partial(_again, e))
 
 
 # -- the target -------------------------------------------------------------------------------------------------------
@@ -142,16 +143,14 @@ def overflow(e: Evidence) -> Iterator[Suspect]:
         over = overflowing(e.q, one)
         if over is not None and bool(over.any()):
             channels = over.nonzero().flatten().tolist()
-            yield Suspect(one.node.name, "bias overflow", f"take a larger step for the weights of output {_some(channels)}: at their scale "
-                          "the bias has more than 32 bits", partial(_coarser, e, one.node, over))  # fmt: skip
+            told = f"a larger step for output {_some(channels)}: at the scale of its weights the bias has more than 32 bits"
+            yield Suspect(one.node.name, "bias overflow", told, partial(_coarser, e, one.node, over))
 
 
 def pairs(e: Evidence) -> Iterator[Suspect]:
     """Sums of two products that leave 16 bits on the data, where the target has no VNNI."""
     if e.vnni:
         return
-    from .loss import bare
-
     lost: dict[str, float] = {}
     found = {one.node.name: one for one in meetings(e.q) if pairing(one)}
     module = e.q.module
@@ -163,8 +162,8 @@ def pairs(e: Evidence) -> Iterator[Suspect]:
         weight = found[name].node.inputs[1]
         if share > 0 and weight in e.floats:
             text = str(e.q.tensors[weight].format).replace("int8", "int7", 1)
-            yield Suspect(name, "saturation without VNNI", f"weights of 7 bits: {share:.2%} of its sums saturate in 16 bits on the way",
-                          partial(with_weight, e.q, weight, e.floats[weight], text))  # fmt: skip
+            told = f"weights of 7 bits: {share:.2%} of its sums saturate in 16 bits on the way"
+            yield Suspect(name, "saturation without VNNI", told, partial(with_weight, e.q, weight, e.floats[weight], text))
 
 
 # -- sites ------------------------------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def wrong_range(e: Evidence) -> Iterator[Suspect]:
     makers = e.graph.producers() if e.graph else {}
     for site, activation in e.static.items():
         now, best = _errors(e, site)
-        if now <= WRONG * best or now <= SMALL * _energy(e.own, site, e):
+        if now <= WRONG * best or now <= SMALL * _energy(e, site):
             continue
         low, high = _ends(activation)
         seen = e.stats[site]
@@ -203,8 +202,8 @@ def wrong_range(e: Evidence) -> Iterator[Suspect]:
         maker = makers.get(site)
         what = {"softmax": "softmax", "gelu": "GELU"}.get(maker.op if maker else "", "values")
         cause = f"clipped {what}" if clipped else "range too wide"
-        yield Suspect(site, cause, f"range {low:.3g} to {high:.3g}, where values reach from {seen.min:.3g} to {seen.max:.3g}: find it anew",
-                      partial(_best_range, e, site))  # fmt: skip
+        said = f"{low:.3g} to {high:.3g}, where values reach from {seen.min:.3g} to {seen.max:.3g}"
+        yield Suspect(site, cause, f"find its range anew, which is {said}", partial(_best_range, e, site))
 
 
 def outlier_site(e: Evidence) -> Iterator[Suspect]:
@@ -243,8 +242,9 @@ def dead(e: Evidence) -> Iterator[Suspect]:
         size = to_matrix(weight, 0).abs().amax(1)
         hogging = still & (size > UNLIKE / 2 * size[~still].max()) if bool((~still).any()) and bool(still.any()) else torch.zeros(0)
         if bool(hogging.any()):
-            yield Suspect(node.name, "dead channel", f"output {_some(hogging.nonzero().flatten().tolist())} never changes: set its weights "
-                          "to zero and its bias to what it gives", partial(_without, e, node, hogging, seen.high))  # fmt: skip
+            which = _some(hogging.nonzero().flatten().tolist())
+            told = f"output {which} never changes: set its weights to zero and its bias to what it gives"
+            yield Suspect(node.name, "dead channel", told, partial(_without, e, node, hogging, seen.high))
 
 
 def outlier_weight(e: Evidence) -> Iterator[Suspect]:
@@ -277,7 +277,9 @@ def solved_badly(e: Evidence) -> Iterator[Suspect]:
         now, best = _loss_of(q.dequantize(), weight), _loss_of(near, weight)
         if now > 2 * best and now > SMALL:
             told = f"its squared error is {now / max(best, 1e-30):.3g} times that of rounding to nearest: round it so"
-            yield Suspect(_layer(name), "harmful solver" if solver else "changed weight", told, partial(with_weight, e.q, name, weight, text))
+            yield Suspect(
+                _layer(name), "harmful solver" if solver else "changed weight", told, partial(with_weight, e.q, name, weight, text)
+            )
 
 
 def moved_bias(e: Evidence) -> Iterator[Suspect]:
@@ -290,7 +292,9 @@ def moved_bias(e: Evidence) -> Iterator[Suspect]:
             continue
         real, now, seen = e.network.graph.constants[name], e.q.rest[name], e.own.get(node.name)
         if real.shape == now.shape and seen is not None and float((now - real).abs().max()) > 0.1 * float(seen.sample.std()):
-            yield Suspect(node.name, "harmful bias correction", "take the float model's bias", partial(with_tensors, e.q, None, {name: real}))
+            yield Suspect(
+                node.name, "harmful bias correction", "take the float model's bias", partial(with_tensors, e.q, None, {name: real})
+            )
 
 
 def too_few_bits(e: Evidence) -> Iterator[Suspect]:
@@ -302,19 +306,23 @@ def too_few_bits(e: Evidence) -> Iterator[Suspect]:
             told = f"8 bits: at {q.format} its weights lose {share:.1%} of their energy (rule {name} = {BYTE})"
             yield Suspect(_layer(name), "too few bits", told, partial(with_weight, e.q, name, weight, "int8/channel*fp16"))
     for site, activation in e.static.items():
-        if activation.format.bits < 8 and _errors(e, site)[0] > COARSE * _energy(e.own, site, e):
-            yield Suspect(site, "too few bits", f"8 bits here (rule {site} = {BYTE})", partial(with_format, e.q, site, e.stats[site], BYTE))
+        if activation.format.bits < 8 and _errors(e, site)[0] > COARSE * _energy(e, site):
+            yield Suspect(
+                site, "too few bits", f"8 bits here (rule {site} = {BYTE})", partial(with_format, e.q, site, e.stats[site], BYTE)
+            )
 
 
 #: In the order in which they are told.
-CLUES: Sequence[Clue] = (bad_batch, unfolded, broken_ties, transformed, overflow, pairs, concatenated, dead, wrong_range, other_inputs,
-                         outlier_weight, outlier_site, solved_badly, moved_bias, too_few_bits)  # fmt: skip
+CLUES: Sequence[Clue] = (
+    bad_batch, unfolded, broken_ties, transformed, overflow, pairs, concatenated, dead, wrong_range, other_inputs, outlier_weight,
+    outlier_site, solved_badly, moved_bias, too_few_bits,
+)  # fmt: skip
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
 
 
-def _statistics(e: Evidence) -> dict[str, object]:
+def _statistics(e: Evidence) -> dict[str, Stats]:
     return {site: e.stats[site] for site in e.static}
 
 
@@ -334,7 +342,7 @@ def _sample(e: Evidence, site: str) -> Tensor:
     return torch.cat([*parts, torch.tensor([e.stats[site].min, e.stats[site].max])])
 
 
-def _energy(own: object, site: str, e: Evidence) -> float:
+def _energy(e: Evidence, site: str) -> float:
     return float(_sample(e, site).var())
 
 
@@ -386,10 +394,11 @@ def _plain(e: Evidence) -> QModel:
 
 def _again(e: Evidence) -> QModel:
     """What ``q`` holds, its weights as they are stored, quantized anew by the same plan."""
-    if e.graph is None:
+    graph = e.graph
+    if graph is None:
         raise PlanError("only a graph can be made again from what is stored")
-    constants = {**e.q.rest, **{name: q.dequantize() for name, q in e.q.tensors.items()}}
-    return e.once("again", lambda: remade(e.q, GraphModule(replace(e.graph, constants=constants)).eval(), e.learn))  # type: ignore[type-var]
+    stored = replace(graph, constants={**e.q.rest, **{name: q.dequantize() for name, q in e.q.tensors.items()}})
+    return e.once("again", lambda: remade(e.q, GraphModule(stored).eval(), e.learn))
 
 
 def _equalized(e: Evidence) -> QModel:
@@ -431,6 +440,3 @@ def _coarser(e: Evidence, node: Node, over: Tensor) -> QModel:
     matrix = to_matrix(e.floats.get(name, old.dequantize()), old.axis).clone()
     matrix[over] = 0
     return with_weight(e.q, name, from_matrix(matrix, old.shape, old.axis), str(old.format))
-
-
-_ = (math, Graph, MOVES, WORD)

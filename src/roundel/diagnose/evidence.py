@@ -69,7 +69,7 @@ class Evidence:
 
     ``network`` is the float network in the form that ``q`` was made from, ``real`` what passes through it, by value. ``own`` and
     ``stats`` are what passes through ``q`` with its weights as they are stored and nothing else quantized, by value and by site.
-    ``learn`` is what cures are made from, ``held`` what they are judged on; ``wanted`` are the float outputs on it and ``before`` the
+    ``learn`` is what cures are made from, ``held`` what they are judged on; ``wanted`` are the float outputs on it, ``before`` the
     losses of ``q``. ``bad`` are batches by number that are left out of both.
     """
 
@@ -135,12 +135,12 @@ class Evidence:
         """``q``, which is this one with something changed, with biases that suit it.
 
         Biases that were corrected were so for errors that are no longer there. So the float ones, and those corrected anew, are
-        tried too; the half that cures are made from decides.
+        tried too; the examples that cures are made from decide.
         """
         moved = self._moved(q)
         if not moved:
             return q
-        assert isinstance(self.network, GraphNetwork) and isinstance(self.network.module, GraphModule)
+        assert isinstance(self.network.module, GraphModule)
         plain = with_tensors(q, rest=moved)
         tries = [q, plain, refine(plain, self.network.module, self.learn, None, True)]
         goal = outputs(self.model, self.learn)
@@ -156,9 +156,10 @@ class Evidence:
         real, moved = self.network.graph.constants, {}
         for node in self.graph.nodes:
             name = (*node.inputs, "", "")[2]
-            if node.op in WEIGHTED and name in real and q.rest.get(name) is self.q.rest.get(name, ""):
-                if real[name].shape == q.rest[name].shape and not torch.equal(real[name], q.rest[name]):
-                    moved[name] = real[name].detach().clone()
+            if node.op not in WEIGHTED or name not in real or q.rest.get(name) is not self.q.rest.get(name, ""):
+                continue
+            if real[name].shape == q.rest[name].shape and not torch.equal(real[name], q.rest[name]):
+                moved[name] = real[name].detach().clone()
         return moved
 
 
@@ -168,9 +169,11 @@ def gather(q: QModel, model: nn.Module, items: Sequence[Batch], vnni: bool) -> E
     bad = bad_batches(q, own, len(items))
     good = [item for i, item in enumerate(items) if i not in bad]
     network = source(q, model, good)
-    learn, held = halves(good, getattr(network, "whole", False))
+    learn, held = parts(good, getattr(network, "whole", False))
     if not learn or not held:
-        raise InputError(f"{sum(map(len, good))} examples are too few to diagnose with: one half makes the cures, the other judges them")
+        raise InputError(
+            f"{sum(map(len, good))} examples are too few to diagnose with: every third makes the cures, the others judge them"
+        )
     own, stats = watched(replace(q, activations={}).module, q.rest, learn)
     real, _ = watched(network.module, {}, learn)
     wanted = outputs(model, held)
@@ -179,20 +182,20 @@ def gather(q: QModel, model: nn.Module, items: Sequence[Batch], vnni: bool) -> E
     return Evidence(q, model, network, real, own, stats, fixed, learn, held, wanted, before, kind_of(held, wanted), vnni, bad)
 
 
-def halves(items: Sequence[Batch], whole: bool) -> tuple[list[Batch], list[Batch]]:
-    """(what cures are made from, what judges them): every second example, or every second batch where batches must stay whole."""
+def parts(items: Sequence[Batch], whole: bool) -> tuple[list[Batch], list[Batch]]:
+    """(what cures are made from, what judges them): every third example and the others; batches where these must stay whole."""
     if whole:
-        return list(items[::2]), list(items[1::2])
-    parts: tuple[list[Batch], list[Batch]] = ([], [])
+        return list(items[::3]), [item for i, item in enumerate(items) if i % 3]
+    learn: list[Batch] = []
+    held: list[Batch] = []
     start = 0
     for batch in items:
-        index = torch.arange(len(batch))
-        for i, part in enumerate(parts):
-            mine = index[(index + start) % 2 == i]
-            if len(mine):
-                part.append(batch.take(mine))
+        making = torch.arange(start, start + len(batch)) % 3 == 0
         start += len(batch)
-    return parts
+        for chosen, into in ((making, learn), (~making, held)):
+            if bool(chosen.any()):
+                into.append(batch.take(chosen.nonzero()[:, 0]))
+    return learn, held
 
 
 def source(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Network:
@@ -255,4 +258,3 @@ def bad_batches(q: QModel, own: Mapping[str, Seen], count: int) -> tuple[int, ..
         largest = torch.tensor(seen.largest, dtype=torch.float64)
         found |= set((largest > BAD * largest.median()).nonzero().flatten().tolist())
     return tuple(sorted(found)) if 4 * len(found) <= count else ()
-

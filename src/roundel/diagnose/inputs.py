@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..evaluate import predictions
 from ..graph import Graph
 from ..qmodel import QModel
 from .edits import with_ranges
-from .evidence import halves, watched
+from .evidence import parts, watched
 from .loss import labelled, outputs, to_labels
 
 Change = Callable[[Tensor], Tensor]
@@ -43,11 +44,15 @@ def wrong_inputs(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Wrong |
     first = items[0].args[0] if items[0].args else next(iter(items[0].named.values()))
     if not first.is_floating_point():
         return None
-    learn, held = halves(items, False)
+    learn, held = parts(items, False)
     if not learn or not held:
         return None
     now = _right(model, learn)
-    tries = [(right, told, change) for told, change in preparations(learn) if (right := _right(model, [_changed(b, change) for b in learn])) is not None]
+    tries = [
+        (right, told, change)
+        for told, change in preparations(learn)
+        if (right := _right(model, [_changed(b, change) for b in learn])) is not None
+    ]
     if not tries:
         return None
     best, told, change = max(tries, key=lambda one: float(one[0].mean()))
@@ -64,17 +69,19 @@ def wrong_inputs(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Wrong |
     mended = [mend(batch) for batch in held]
     models = [q]
     _, stats = watched(replace(q, activations={}).module, q.rest, [mend(batch) for batch in learn])
-    static = {site: s for site, s in stats.items() if (a := q.activations.get(site)) is not None and a.when == "static" and a.params}
+    static = {
+        site: s for site, s in stats.items() if (a := q.activations.get(site)) is not None and a.when == "static" and a.params
+    }
     if static:
         models.append(with_ranges(q, static, str(q.provenance.get("ranges", "mse")), {}))
-    losses = [against_labels(one, model, mended) for one in models]
+    losses = [against_labels(one, mended) for one in models]
     i = min(range(len(models)), key=lambda k: float(losses[k].mean()))
     layer = q.structure.inputs[0] if isinstance(q.structure, Graph) else "input"
     cure = told + (", and calibrate again" if i else "")
-    return Wrong(layer, cure, mend, models[i], against_labels(q, model, held), losses[i])
+    return Wrong(layer, cure, mend, models[i], against_labels(q, held), losses[i])
 
 
-def against_labels(q: QModel, model: nn.Module, items: Sequence[Batch]) -> Tensor:
+def against_labels(q: QModel, items: Sequence[Batch]) -> Tensor:
     """(examples,): cross entropy of ``q`` against the labels, nats; where it cannot run on such data, that of a guess."""
     try:
         return to_labels(items, outputs(q.module, items))
@@ -88,10 +95,8 @@ def preparations(items: Sequence[Batch]) -> Iterator[tuple[str, Change]]:
     x = torch.cat([_first(batch) for batch in items])
     top = float(x.abs().max())
     for number in (255.0, 16.0, 127.5):
-        if top > 1.5:
-            yield f"divide by {number:g}", lambda x, n=number: x / n
-        else:
-            yield f"multiply by {number:g}", lambda x, n=number: x * n
+        yield (f"divide by {number:g}", partial(torch.mul, other=1 / number)) if top > 1.5 else (
+            f"multiply by {number:g}", partial(torch.mul, other=number))  # fmt: skip
     yield "divide by 127.5 and take 1 away", lambda x: x / 127.5 - 1
     yield "take 1 away from twice its numbers", lambda x: 2 * x - 1
     yield "add 1 and halve", lambda x: (x + 1) / 2
@@ -128,4 +133,6 @@ def _right(model: nn.Module, items: Sequence[Batch]) -> Tensor | None:
         return None
     if not labelled(items, got):
         return None
-    return torch.cat([(predictions(out).argmax(1) == b.target).double() for out, b in zip(got, items, strict=True)])
+    return torch.cat(
+        [predictions(out).argmax(1).eq(b.target).double() for out, b in zip(got, items, strict=True) if b.target is not None]
+    )

@@ -1,4 +1,4 @@
-"""How far a model's outputs lie from wanted ones, example by example, in one number without a unit of its own; it runs modules only."""
+"""How far a model's outputs lie from wanted ones, example by example: a divergence, or a share of their variance; no causes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def _flat(one: Any, other: Any) -> tuple[Tensor, Tensor]:
     """All real numbers of two outputs as (examples, numbers), float64."""
     first, second = list(_reals(one)), list(_reals(other))
     if not first or [x.shape for x in first] != [x.shape for x in second]:
-        raise InputError(f"the float model gives {[list(x.shape) for x in first]}, the quantized one {[list(x.shape) for x in second]}")
+        raise InputError(
+            f"the float model gives {[list(x.shape) for x in first]}, the quantized one {[list(x.shape) for x in second]}"
+        )
     n = len(first[0])
     whole = [(a, b) for a, b in zip(first, second, strict=True) if len(a) == n]
     a, b = (torch.cat([x.reshape(n, -1).double() for x in part], 1) for part in zip(*whole, strict=True))

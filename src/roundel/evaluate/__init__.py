@@ -105,7 +105,8 @@ def evaluate(
     target (N, T) shifted with -100 left out; mse where targets are real numbers; else cosine. Outputs are a tensor, or the
     ``logits``, ``last_hidden_state`` or first tensor of what the model returns; tokens that ``attention_mask`` hides do not
     count. Running ranges start as in the file, and notes say how they moved. Outputs that are probabilities are used as such.
-    ``layers`` and ``latency`` switch the slow parts off; ``seed`` is the bootstrap's. Both models run in evaluation mode and are left as they were.
+    ``layers`` and ``latency`` switch the slow parts off; ``seed`` is the bootstrap's. Both models run in evaluation mode and are
+    left as they were.
 
     Raises `InputError` for data that is empty or does not fit the models, and for outputs that are not finite (with the batch);
     `PlanError` for a metric that does not exist or does not apply.

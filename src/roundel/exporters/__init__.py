@@ -93,6 +93,9 @@ def export(q: QModel, path: AnyPath, target: str | None = None, **options: Any) 
     known = [key for key in _options(writer) if key not in (*to.options, *FIXED)]
     if unknown := [key for key in options if key not in known]:
         raise PlanError(f"the target {name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    if to.room != "c" and (running := [site for site, found in q.activations.items() if found.when == "running"]):
+        raise PlanError(f"{len(running)} sites have ranges that run, the first is {running[0]!r}, and {name} has fixed ones: "
+                        "quantize with static activations, such as int8")  # fmt: skip
     graph = lower(q, to.dialect) if to.dialect else None
     made = writer(q, graph, path, **{**to.options, **options})
     return Exported(name, _files(made, Path(os.fsdecode(path))), tuple(made.notes), made)

@@ -1,4 +1,4 @@
-"""Running ranges in integers: what the codes of a site stand for is times 2^exponent, and the exponent follows peaks and saturation.
+"""Running ranges in integers: codes of a site stand for 2^exponent times what they did, and that follows peaks and saturation.
 
 A node that reads or makes such codes has the attribute ``runs``: the site of each operand and of the result, -1 for a static one.
 The node that makes a site has ``tracker`` too. Nothing here is float and zero points stay, so the next exponent is a few compares:
@@ -130,6 +130,6 @@ def shifts(shift: Sequence[int], ins: Sequence[int], out: int) -> list[int]:
 
 
 def widest(node: Node) -> tuple[int, int]:
-    """How many bits the operands' and the result's exponents may add to a node's shift together, and the first operand's to its bias."""
+    """How many bits all exponents together may add to a node's shift, and that of its first operand to its bias."""
     *ins, out = (BOUND if site >= 0 else 0 for site in node.attrs.get("runs", (-1,)))
     return (max(ins, default=0) if node.op in ("add", "sub") else sum(ins)) + out, ins[0] if ins else 0

@@ -37,8 +37,8 @@ def simulate(
     They are dequantized, float32, or with ``codes`` the int64 codes themselves. One output comes back bare, several as a tuple.
     ``fast`` sums products by floating-point routines wherever every partial sum is a whole number that they
     hold, so the codes are the same. Running ranges go from sample to sample: ``state`` is where they begin and is left where they
-    end; without it they begin as the device does. Raises `InputError` for inputs that do not fit, `CheckError` for sums that leave the range that
-    the graph proves.
+    end; without it they begin as the device does. Raises `InputError` for inputs that do not fit, `CheckError` for sums that leave
+    the range that the graph proves.
 
     >>> from roundel import lower, quantize
     >>> x = torch.randn(64, 16)
@@ -53,7 +53,10 @@ def simulate(
     if not running.count(graph):
         return _once(graph, env, codes, fast, watch, None)
     state, outs, seen = state or Exponents.of(graph), [], defaultdict[str, list[Any]](list)
-    for i in range(max(map(len, env.values()))):
+    samples = max(map(len, env.values()))
+    if not samples:
+        return _once(graph, env, codes, fast, watch, state)
+    for i in range(samples):
         state.begin()
         one = {name: value[i : i + 1] for name, value in env.items()}
         outs.append(_once(graph, one, codes, fast, lambda name, value: seen[name].append(value), state))

@@ -46,7 +46,7 @@ def capture(module: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str,
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _masks_unread():
             program, notes = _export(module, args, named)
             return _translate(module, _simplify(program), notes)
     finally:
@@ -90,6 +90,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.disabled, dump.disabled, failed.disabled = before
+
+
+@contextmanager
+def _masks_unread() -> Iterator[None]:
+    """`nn.TransformerEncoder` compares its mask with a causal one, only to be faster; no trace can follow numbers."""
+    torch_s = torch.nn.modules.transformer
+    before = torch_s._detect_is_causal_mask
+    torch_s._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        torch_s._detect_is_causal_mask = before
 
 
 def _export(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Any, list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..graph import OPS, Graph, Node
 from ..graph.build import with_values
+from .batchfirst import batch_first
 from .pattern import Binding, Constant, Letter, Pattern, View, op, product
 
 
@@ -21,7 +22,8 @@ def fuse(graph: Graph) -> Graph:
     Constants are computed, no-ops dropped, then layer norm, RMS norm, GELU, SiLU, hard-swish, hard-sigmoid, softmax and
     attention that arrive taken apart become one node each, batch norms and per-channel constants go into the layer before
     them, and ReLU or ReLU6 becomes its producer's ``act``. A pattern keeps the name of the value that leaves it; a layer
-    keeps its own name, whatever is folded into it. Nothing is fused whose inner values are read from elsewhere.
+    keeps its own name, whatever is folded into it. Nothing is fused whose inner values are read from elsewhere. The batch
+    comes first in every value where moves alone put it elsewhere.
 
     >>> import torch
     >>> from roundel import capture
@@ -29,6 +31,7 @@ def fuse(graph: Graph) -> Graph:
     >>> [(node.op, node.attrs["act"]) for node in fuse(capture(net, torch.randn(1, 3, 8, 8)))]
     [('conv', 'relu')]
     """
+    graph = batch_first(graph)
     for matchers in (_CLEAN, _PATTERNS + _CLEAN, _FOLDS, _ACTS):
         while (smaller := _sweep(graph, matchers)) is not graph:
             graph = smaller
@@ -257,7 +260,9 @@ SOFTMAX = _exp / Letter("total", op("sum", _exp))
 
 _product = Letter("product", op("matmul", Letter("q"), Letter("k")))
 _scores = _product | _product * Constant("scale", single=True) | _product / Constant("divisor", single=True)
-ATTENTION = op("matmul", op("softmax", _scores | _scores + Letter("mask"), check=_softmax_last), Letter("v"))
+_fill = Constant("fill", single=True)
+_masked = _scores + Letter("mask") | op("where", Constant("hidden"), _fill, _scores) | op("where", Constant("seen"), _scores, _fill)
+ATTENTION = op("matmul", op("softmax", _scores | _masked, check=_softmax_last), Letter("v"))
 
 
 def _along_last(tensor: Tensor | None, size: int) -> Tensor | None:
@@ -312,9 +317,15 @@ def _attention(view: View, root: Node, b: Binding) -> Swap | None:
             nodes.append(Node("transpose", (operands[i],), (name,), {"perm": _flipped(len(shapes[i] or ()))}))
             operands[i] = name
     scale = view.number(b["scale"]) if "scale" in b else 1 / view.number(b["divisor"]) if "divisor" in b else 1.0  # type: ignore[operator]
-    mask = [b["mask"]] if "mask" in b else []
+    mask, constants = [b["mask"]] if "mask" in b else [], {}
+    if "fill" in b:
+        seen = view.graph.constants[b["seen"]] if "seen" in b else ~view.graph.constants[b["hidden"]]
+        if (view.number(b["fill"]) or 0.0) > -1e4 or not seen.any(-1).all():  # a row of which nothing is seen is no number, or any
+            return None
+        mask = [view.fresh(f"{root.name}.mask", seen)]
+        constants = {mask[0]: seen}
     nodes.append(Node("attention", (*operands, *mask), (root.name,), {"scale": scale, "causal": False}))
-    return Swap(tuple(nodes), root.name)
+    return Swap(tuple(nodes), root.name, constants)
 
 
 # -- folding into the layer before ------------------------------------------------------------------------------------

@@ -149,12 +149,12 @@ class Running(nn.Module):
             self.recorded.append(found)
             return self.quantize(x)
         count, drift, moves, *_ = self.counts.tolist()
-        at, met = State(*self.seen.tolist(), *self.range.tolist(), drift, moves), []
+        (a, b), (low, high) = self.seen.tolist(), self.range.tolist()
+        at, met = State(a, b, low, high, drift, moves), []
         for low, high in found.tolist():
             met.append((at.low, at.high))
             at = advance(self.tracker, self.start, at, low, high)
-        if met:
-            self.live = self._coding(met)
+        self.live = self._coding(met) if met else self.base
         limits = torch.tensor(met, dtype=x.dtype, device=x.device).reshape(-1, 2, *[1] * (x.ndim - 1))
         slack = (limits[:, 1] - limits[:, 0]) / 2 ** (self.format.bits + 1)  # rounds to the end
         beyond = int(((x < limits[:, 0] - slack) | (x > limits[:, 1] + slack)).sum())

@@ -32,7 +32,7 @@ SHARED = frozenset(["concat", "where"])
 #: Operands by position that hold parameters of the operation, not activations: never sites.
 _PARAMETERS = {"conv": (1, 2), "conv_transpose": (1, 2), "linear": (1, 2), "embedding": (0, 1), "batch_norm": (1, 2, 3, 4),
                "layer_norm": (1, 2), "rms_norm": (1,), "group_norm": (1, 2), "prelu": (1,), "pow": (1,), "gather": (1,),
-               "expand_batch": (1,)}  # fmt: skip
+               "expand_batch": (1,), "attention": (3,)}  # fmt: skip
 
 #: Operations whose result is not a real number.
 _DISCRETE = frozenset(["argmax", "compare"])

@@ -21,7 +21,7 @@ from .networks import GraphNetwork, Network, solved_guided, some
 from .steps import EFFORTS, STEPS, Means, Rung
 
 #: Examples that a step learns from, and as many that judge it, at most: all their values at one node are in memory together.
-EXAMPLES = 256
+EXAMPLES = 512
 
 #: Measurements that `choose` may spend on the parts of one step.
 PASSES = 16
@@ -57,7 +57,7 @@ def climb(
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
     names = [name for name in EFFORTS[effort.level] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
     if effort.solver is not None:
-        names = [name for name in names if name.lower() not in SOLVERS]
+        names = [name for name in names if name.split()[-1].lower() not in SOLVERS]
 
     def solved(rung: Rung) -> Rung:
         if effort.solver not in NEED_HESSIAN:
@@ -159,7 +159,7 @@ def _solved(network: Network, q: QModel, items: list[Batch], effort: Effort, pro
     """Every weight by the solver that was named; those it could not solve are listed."""
     solver = effort.solver or ""
     if effort.guided:
-        new = solved_guided(network, q, items, SOLVERS[solver], effort.seed, progress)
+        new = solved_guided(network, q, items, SOLVERS[solver], effort.seed, True, progress)
     else:
         new = network.refined(q, items, SOLVERS[solver], False, progress)
     notes += unsolved([name for name, tensor in new.tensors.items() if tensor is q.tensors[name]], network.ops, solver)

@@ -199,18 +199,18 @@ Network = GraphNetwork | ModuleNetwork
 
 
 def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callable[..., QTensor], seed: int,
-                  progress: Progress | None) -> QModel:  # fmt: skip
+                  asked: bool, progress: Progress | None) -> QModel:  # fmt: skip
     """``q`` with every weight solved on guided Hessians of the float network. Where a backward pass, or all Hessians at a time, do
-    not fit in memory, or the network gives no gradients, it is solved on those that the sweep finds, and a note says so."""
+    not fit in memory, or the network gives no gradients, the Hessians are those that the sweep finds, and a note says so: a
+    fall-back where guided ones were ``asked`` for."""
     learn, wanted = units(items), set(q.tensors)
     try:
-        need, free = backward_bytes(network.module, learn, wanted), available()
-        if need > free:
-            raise InputError(f"a backward pass takes {size_text(need)} of memory, {size_text(int(free))} are free")
+        if (need := backward_bytes(network.module, learn, wanted)) > available():
+            raise InputError(f"a backward pass takes {size_text(need)} of memory, which is more than is free")
         moments = hessians(network.module, learn, wanted, guided=True, seed=seed)
     except InputError as err:
         new = network.refined(q, items, solve, False, progress)
-        return replace(new, notes=(*new.notes, Note("model", f"swept Hessians in place of guided ones: {err}", fallback=True)))
+        return replace(new, notes=(*new.notes, Note("model", f"swept Hessians in place of guided ones: {err}", fallback=asked)))
     told: dict[str, str] = {}
     solve_one, tensors = solving(network, q, solve, told, progress), dict(q.tensors)
     for name, moment in moments.items():
@@ -235,13 +235,11 @@ def accounts(names: Iterable[str], told: Mapping[str, str], solver: str) -> list
 def solving(network: Network, q: QModel, solve: Callable[..., QTensor], told: dict[str, str], progress: Progress | None) -> Solve:
     """``solve`` by the name of a weight, in the format that the weight has; ``told`` takes its account."""
     targets = {target.name: target for target in network.targets}
-    done: list[str] = []
 
     def one(name: str, hessian: Tensor) -> QTensor:
         target, old = targets[name], q.tensors[name]
         if progress:
-            done.append(name)
-            progress("solve", len(done), len(q.tensors))
+            progress("solve", len(told) + 1, len(q.tensors))
         table = old.params.table if old.format.table == MODEL else None  # a table of the model stays what all have
         done = solved(solve, target.weight, old.format, hessian, axis=target.axis, table=table, near=old)
         told[name] = str(done)

@@ -16,10 +16,11 @@ from ..plan import FLOAT, Plan
 from ..qmodel import Note, QModel
 from ..solvers import SOLVERS
 from ..transforms import equalize, smooth
-from ..tune.endtoend import Teaching, tune_model
+from ..tune.endtoend import Teaching, rates_of, tune_model
 from ..tune.reconstruct import reconstruct
+from ..tune.text import enough_text
 from ..tune.tuner import Tuning
-from .networks import GraphNetwork, ModuleNetwork, Network
+from .networks import GraphNetwork, ModuleNetwork, Network, solved_guided
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,14 @@ def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
     return make
 
 
+def guided_descent(rung: Rung, means: Means) -> Rung | None:
+    """Every weight by descent on guided Hessians; a graph has the sweep, and training after it."""
+    if isinstance(rung.network, GraphNetwork):
+        return None
+    q = solved_guided(rung.network, rung.q, list(means.learn), SOLVERS["descent"], means.seed, False, means.progress)
+    return Rung(rung.network, replace(q, provenance={**q.provenance, "solver": "descent"}))
+
+
 def bias_correction(rung: Rung, means: Means) -> Rung:
     return Rung(rung.network, rung.network.refined(rung.q, list(means.learn), None, True, means.progress))
 
@@ -92,9 +101,14 @@ def bias_correction(rung: Rung, means: Means) -> Rung:
 def reconstruction(rung: Rung, means: Means) -> Rung:
     """Each block trained towards the float one's outputs."""
     assert isinstance(rung.network.module, GraphModule)
-    q = reconstruct(rung.q, rung.network.module, means.learn, how=Tuning(seed=means.seed), seconds=_left(means),
-                    progress=means.progress)  # fmt: skip
+    left = _left(means)
+    q = reconstruct(rung.q, rung.network.module, means.learn, how=Tuning(drop=0.0, seed=means.seed),
+                    seconds=None if left is None else BLOCKS * left, progress=means.progress)  # fmt: skip
     return Rung(rung.network, q)
+
+
+#: The share of the time left that blocks take; the whole takes the rest.
+BLOCKS = 0.6
 
 
 #: Steps of end-to-end tuning where no budget says how long.
@@ -102,11 +116,18 @@ TEACHING_STEPS = 300
 
 
 def teaching(rung: Rung, means: Means) -> Rung:
-    """The whole trained towards the float network's answers; a fifth of the examples tells when that is enough."""
+    """The whole network trained towards the float one's answers; a language model learns from text that it wrote itself as well."""
+    module = rung.network.module
     learn, held = split(means.learn, 5, whole=rung.network.whole)
+    text = enough_text(module, learn, means.seed) if isinstance(rung.network, ModuleNetwork) else None
     left = _left(means)
-    how = Teaching(TEACHING_STEPS if left is None else None, left, seed=means.seed)
-    return Rung(rung.network, tune_model(rung.q, rung.network.module, learn, held, how, means.progress))
+    steps = TEACHING_STEPS if left is None else None
+    if text is None:
+        return Rung(rung.network, tune_model(rung.q, module, learn, held, Teaching(steps, left, seed=means.seed), means.progress))
+    how = Teaching(steps, left, rates_of(rung.q), means.seed, "codes")
+    q = tune_model(rung.q, module, text[0], held, how, means.progress)
+    told = f"end-to-end tuning learned from {text[1]} examples that the model wrote itself as well"
+    return Rung(rung.network, replace(q, notes=(*q.notes, Note("model", told))))
 
 
 def _left(means: Means) -> float | None:
@@ -119,6 +140,7 @@ STEPS: dict[str, Step] = {
     "equalization": Step(equalization, graph=True, anew=True),
     "smoothing": Step(smoothing, anew=True),
     "GPTQ": Step(solving("gptq"), parts=True),
+    "guided descent": Step(guided_descent, parts=True),
     "bias correction": Step(bias_correction, graph=True, parts=True),
     "reconstruction": Step(reconstruction, graph=True),
     "end-to-end tuning": Step(teaching),
@@ -128,5 +150,5 @@ STEPS: dict[str, Step] = {
 EFFORTS: dict[str, tuple[str, ...]] = {
     "fast": ("bias correction",),
     "default": ("equalization", "GPTQ", "bias correction"),
-    "best": ("equalization", "smoothing", "GPTQ", "bias correction", "reconstruction", "end-to-end tuning"),
+    "best": ("equalization", "smoothing", "GPTQ", "guided descent", "bias correction", "reconstruction", "end-to-end tuning"),
 }

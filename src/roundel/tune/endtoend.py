@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ RATES: Mapping[str, float] = {"weights": 1e-2, "scales": 1e-3, "tables": 1e-3, "
 @dataclass(frozen=True)
 class Teaching:
     """How `tune_model` trains: ``steps`` of one batch each, or ``seconds`` on this machine, turned into steps by the pace of
-    the first ones; ``rates`` by kind, a kind that is left out stays as it is; ``seed`` shuffles the batches.
+    the first ones; ``rates`` by kind, a kind that is left out stays as it is; ``seed`` shuffles the batches. ``start`` is float,
+    the float weights, or codes: where a solver chose against the nearest level, weights start there; that wants `rates_of`.
 
     >>> Teaching(seconds=60).steps is None
     True
@@ -40,12 +41,28 @@ class Teaching:
     seconds: float | None = None
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
     seed: int = 0
+    start: Literal["float", "codes"] = "float"
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise PlanError("training takes steps= or seconds=, one of them")
+        if self.start not in ("float", "codes"):
+            raise PlanError(f"training starts at float or codes, got {self.start!r}")
         if odd := sorted(self.rates.keys() - RATES.keys()):
             raise PlanError(f"there is no kind of parameter {odd[0]!r} to give a rate; there are {', '.join(RATES)}")
+
+
+def rates_of(q: QModel) -> dict[str, float]:
+    """Rates for training that starts at a solver's codes: weights by the bits of ``q``, since each bit halves the way to the next
+    level.
+
+    >>> from roundel import quantize
+    >>> rates_of(quantize(nn.Linear(8, 4), "int4"))["weights"], rates_of(quantize(nn.Linear(8, 4), "int2"))["weights"]
+    (0.003, 0.012)
+    """
+    count = {name: math.prod(tensor.shape) for name, tensor in q.tensors.items()}
+    bits = sum(tensor.format.bits / tensor.format.step * count[name] for name, tensor in q.tensors.items())
+    return {**RATES, "weights": 3e-3 * 2.0 ** (4 - bits / max(1, sum(count.values())))}
 
 
 def tune_model(q: QModel, teacher: nn.Module, batches: Sequence[Batch], held: Sequence[Batch], how: Teaching,
@@ -66,7 +83,7 @@ def tune_model(q: QModel, teacher: nn.Module, batches: Sequence[Batch], held: Se
     if not batches or not held:
         raise InputError("end-to-end tuning learns from some batches and is judged on others; give both")
     with one_thread(), evaluating(teacher):
-        module = prepare(_at_the_float_weights(q, teacher), teacher)
+        module = prepare(_at_the_float_weights(q, teacher) if how.start == "float" else q, teacher)
         done = _train(module, teacher, batches, how, progress)
         new = convert(module)
         verdict = judge(losses(teacher, q.module, held), losses(teacher, new.module, held))

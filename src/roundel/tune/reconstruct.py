@@ -25,7 +25,7 @@ from .tuner import Told, Tuning, mean_distance, pace, tune
 from .windows import Kind, Values, Window, advance, entries, joined, needed, windows
 
 #: Steps of each window where neither ``steps`` nor ``seconds`` is given.
-STEPS = 300
+STEPS = 100
 
 #: One example in so many judges a window, and is not learned from.
 EVERY = 5

@@ -44,6 +44,28 @@ class _Damped(torch.autograd.Function):
         return grad * ctx.gain, None
 
 
+class _Through(torch.autograd.Function):
+    """``value`` with what `passing` would add to it, under one scale and fixed levels: half the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: float, high: float) -> Tensor:
+        u = x / divisor(scale)
+        u = u if offset is None else u + offset
+        ctx.save_for_backward(x, (u >= low) & (u <= high), scale)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inside, scale = ctx.saved_tensors
+        through = grad * inside
+        to_x, to_scale, to_offset = through / divisor(scale), None, None
+        if ctx.needs_input_grad[2]:
+            to_scale = -((to_x * x).sum() / divisor(scale)).reshape(scale.shape)
+        if ctx.needs_input_grad[3]:
+            to_offset = (through - grad).sum().reshape(scale.shape)
+        return grad, to_x, to_scale, to_offset, None, None
+
+
 class Steps(nn.Module):
     """Scale, offset and table of one tensor as parameters that start at 0, each relative to what was stored.
 
@@ -389,7 +411,9 @@ class TunableActivation(nn.Module):
         with torch.no_grad():
             codes = fmt.encode(row, params)
         value = fmt.decode(codes, still(to))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and factor and self.learn != "clip" and isinstance(fmt.grid, Uniform | Levels):
+            value = _Through.apply(value, row.float(), params.scale, params.offset, *fmt.extremes)
+        elif torch.is_grad_enabled():
             pull = passing(fmt, row.float(), params, fmt.decode(codes, params) if self.learn == "clip" else None)
             value = value + (pull if factor or params.scale is None else pull * params.scale.detach())
         value = value.reshape(x.shape)

@@ -16,6 +16,7 @@ from ...errors import PlanError
 from ...graph import Graph, Node
 from ...integer.dialect import Ints
 from ...integer.ops import extremes, levels, numbers
+from ...integer.running import widest
 from .layout import Layout, Place, Step
 
 #: Axes that the loops of a kernel over any order run over.
@@ -34,7 +35,7 @@ class Kernel:
     ``fields`` are the members of its struct: numbers, lists, arrays (constants of their own) or more fields; a kernel with
     ``scalars`` takes them in place of a struct. ``over`` is the operand that the result may be written over, ``shared`` and
     ``apart`` the scratch in bytes where it is and is not. ``skip`` are codes left out at the start of each operand, ``more`` calls
-    that follow.
+    that follow, ``before`` those that come before anything else in a run; a ``live`` struct is in RAM.
     """
 
     file: str
@@ -47,6 +48,16 @@ class Kernel:
     skip: tuple[int, ...] = ()
     more: tuple[Kernel, ...] = ()
     scalars: tuple[int, ...] | None = None
+    before: tuple[Kernel, ...] = ()
+    live: bool = False
+
+
+@dataclass(frozen=True)
+class Ram:
+    """In place of constants of that many numbers: as many that are written before each run."""
+
+    ctype: str
+    count: int
 
 
 @dataclass(frozen=True)
@@ -109,9 +120,10 @@ def product(made: Making, node: Node, weight: Ints) -> tuple[str, dict[str, Any]
     else:
         letters, packed, extra = "c4", nibbles(weight), tables(table)
         weight = levels(weight, table)
-    bias = bias - node.attrs["x_zero"] * weight.sum(1)
+    real, bias = bias, bias - node.attrs["x_zero"] * weight.sum(1)
     low, high = extremes(made.place(node.inputs[0]).dtype)
     scaled = max(-low, high) * np.abs(weight).sum(1) * {"s4": 16, "s2": 64}.get(letters, 1)
+    scaled += np.abs(real) << widest(node)[1] if "runs" in node.attrs else 0
     if not node.attrs.get("wide") and max(np.abs(bias).max(initial=0), (np.abs(bias) + scaled).max(initial=0)) > INT32:
         raise PlanError("its sums, with the zero point of its input in the bias, could leave int32; split the layer")
     return letters, {

@@ -66,6 +66,8 @@ def kernel(made: Making, step: Step, rounding: str) -> Kernel:
     """The call that computes a weighted ``step`` in a build of that ``rounding``; `PlanError` with the reason why there is none."""
     node, (x,), y = step.node, step.inputs, step.output
     assert node is not None
+    if "runs" in node.attrs:
+        raise PlanError("its range runs")
     for name in (x, y):
         if made.kind(name) != "s8":
             raise PlanError("it reads or makes codes that are no int8")

@@ -21,9 +21,11 @@ from ...errors import PlanError, RoundelError
 from ...graph import Graph
 from ...integer.ops import numbers
 from .arena import Arena, Call, plan
-from .calls import Kernel, Making, kernel
+from .calls import Kernel, Making, Ram, kernel
 from .cmsis import BUILDS, Calls, choose
 from .layout import Layout, Place, lay
+from .running import BEGIN, SITES, count, doors, functions, running
+from .running import header as running_header
 
 #: Letters of a type -> the type.
 TYPES = {"s8": "int8_t", "u8": "uint8_t", "s16": "int16_t", "s32": "int32_t", "s64": "int64_t"}
@@ -130,6 +132,15 @@ class _Version:
             codes = numbers(graph, root).astype(made.dtype(root))
             structs.append(array(symbol, codes))
             const_bytes += codes.nbytes
+        early: list[str] = []
+        if sites := count(graph):
+            texts.parts[SITES.format(count=sites)] = None
+            early.append(BEGIN.format(count=sites))
+        for i, part in enumerate(doors(made)):
+            text, size = struct(f"in{i}", part, known, inplace=False)
+            structs += text
+            const_bytes += size
+            early.append(_call(f"in{i}", part, texts.function(part), ports, consts, arena, 0))
         for i, (step, first) in enumerate(zip(layout.steps, kernels)):
             place = layout.places[step.output]
             op = step.node.op if step.node else "copy"
@@ -140,10 +151,20 @@ class _Version:
                 structs += text
                 const_bytes += size
                 calls.append(_call(symbol, part, texts.function(part), ports, consts, arena, i))
+            for part in first.before:
+                text, size = struct(f"s{i}_before", part, known, inplace=False, of=f"s{i}")
+                structs += text
+                const_bytes += size
+                early.append(_call(f"s{i}_before", part, texts.function(part), ports, consts, arena, i))
             out = ports.port(step.output)
             calls.append(f"WATCH({i}, arena.bytes + {out.offset}, {out.nbytes});")
-        code = _code(name, texts, structs, calls, arena)
-        return cls(code, _header(name, ports.inputs, ports.outputs, arena, cmsis is not None), ports, const_bytes)
+        code = _code(name, texts, structs, early + calls, arena)
+        header = _header(name, ports.inputs, ports.outputs, arena, cmsis is not None)
+        if sites:
+            code += functions(name, graph)
+            values = {"INPUT": [port.name for port in ports.inputs], "OUTPUT": [port.name for port in ports.outputs]}
+            header[-1:-1] = running_header(name, graph, values)
+        return cls(code, header, ports, const_bytes)
 
 
 def either(cmsis: Sequence[str], own: Sequence[str]) -> list[str]:
@@ -167,7 +188,7 @@ def _kernels(made: Making) -> list[Kernel]:
     found, refused = [], []
     for step in made.layout.steps:
         try:
-            found.append(kernel(made, step))
+            found.append(running(made, step, kernel(made, step)))
         except RoundelError as err:
             refused.append(f"{step.output} ({step.node.op if step.node else 'copy'}): {err}")
     if refused:
@@ -318,10 +339,11 @@ def array(name: str, numbers: NDArray[Any], ctype: str | None = None, aligned: b
     )
 
 
-def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: bool) -> tuple[list[str], int]:
+def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: bool, of: str = "") -> tuple[list[str], int]:
     """Texts of the arrays that a kernel's struct points to and of the struct; their bytes, the struct as on a 32-bit machine.
 
     An array equal to one in ``known``, (type, numbers) -> name, is that one; new ones are entered.
+    An @ in a member stands for the struct ``of``.
     """
     if k.scalars is not None:
         return [], 0
@@ -340,6 +362,13 @@ def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: b
                 arrays.append(array(f"{name}_{key}", item, aligned=key == "weight"))
                 size += item.nbytes
             return known[content]
+        if isinstance(item, Ram):
+            size += 4
+            arrays.append(f"static {item.ctype} {name}_{key}[{item.count}];")
+            return f"{name}_{key}"
+        if isinstance(item, str):
+            size += 4
+            return item.replace("@", of)
         if isinstance(item, list):
             size += 4 * len(item)
             return "{" + ", ".join(map(str, item)) + "}"
@@ -349,7 +378,7 @@ def struct(name: str, k: Kernel, known: dict[tuple[str, bytes], str], inplace: b
 
     named = re.search(rf"static void {k.file}\w*\(const struct (\w+) \*", _text(k.file))
     assert named is not None, k.file
-    text = f"static const struct {named[1]} {name} = {value('', k.fields)};"
+    text = f"static {'' if k.live else 'const '}struct {named[1]} {name} = {value('', k.fields)};"
     return [*arrays, "\n".join(_wrap(text))], size
 
 

@@ -31,8 +31,8 @@ STILL = "give the site a static format, such as int8, by a rule of the plan"
 
 @dataclass(frozen=True)
 class Affine:
-    """What the codes of a site stand for: scale * (code - zero), low <= code <= high, held in ``dtype``; ``site`` is the number of one
-    that runs, whose scale is the starting one."""
+    """What the codes of a site stand for: scale * (code - zero), low <= code <= high, held in ``dtype``. ``site`` is the number of
+    one that runs, which starts with that scale."""
 
     scale: float
     zero: int
@@ -46,7 +46,7 @@ class Affine:
         if act is None:
             return self.low, self.high
         top = self.high if act == "relu" else self.code(6.0)
-        if self.site >= 0 and top < self.high:
+        if self.site >= 0 and act != "relu":
             raise PlanError(f"its range runs, and {act} ends at one code; {STILL}")
         return max(self.low, self.zero), top
 
@@ -188,7 +188,8 @@ class Lowering:
         if sites[-1] < 0:
             return {"runs": sites}
         count = math.prod(n for n in self.shape(name)[1:] if isinstance(n, int))
-        return {"runs": sites, "tracker": tracker(attrs.get("y_zero", attrs.get("zero")), attrs["low"], attrs["high"], count)}
+        zero = attrs["zero" if op == "quantize" else "y_zero"]
+        return {"runs": sites, "tracker": tracker(zero, attrs["low"], attrs["high"], count)}
 
     def refuse(self, node: Node, why: str) -> None:
         """Note why ``node`` cannot be lowered; those after it are still looked at."""
