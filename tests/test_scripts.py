@@ -137,7 +137,7 @@ def test_two_rows_of_the_page_by_running() -> None:
     made = page([row for row in ROWS if row.name in ("linear", "softmax")], ("host-c", "onnxruntime"), told.append)
     lines = [line for line in made.splitlines() if line.startswith(("| linear", "| softmax"))]
     assert lines == told
-    assert [line.split(" | ")[3] for line in lines] == ["exact"] * 6 + ["not lowered (2)"]
+    assert [line.split(" | ")[3] for line in lines] == ["exact"] * 7
     assert lines[0] == "| linear | int8 | int8 | exact | exact |"
     assert lines[3] == "| linear | cb16/channel | int8 | exact | refused (1) |"
     assert re.search(r"## Reasons\n\n1\. its weight is cb16@channel.*, and ONNX dequantizes integers", made)

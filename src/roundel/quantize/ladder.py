@@ -30,7 +30,8 @@ PASSES = 16
 @dataclass(frozen=True)
 class Effort:
     """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; within ``seconds``; no farther than
-    to a ``loss``, the mean KL divergence from the float model on held-out examples, or squared error where outputs are no classes."""
+    to a ``loss``, the mean KL divergence from the float model on held-out examples, or squared error where outputs are no
+    classes."""
 
     level: str = "fast"
     solver: str | None = None

@@ -19,10 +19,10 @@ from ..files import size_text
 ROUNDING = 9
 
 #: (copies of a Hessian in float64, itself counted; copies of a piece in float32) while it is inverted, and while codes are chosen.
-SOLVING = ((4.5, 2), (3, 11))
+SOLVING = ((3.3, 2), (3, 11))
 
 #: What the allocator keeps to itself.
-SLACK = 32 << 20
+SLACK = 96 << 20
 
 _UNITS = {
     "": 1,

@@ -43,7 +43,7 @@ def descent(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, tabl
 
 def start(w: Tensor, format: Format, params: Stored, hessian: Tensor, firm: Tensor, sweeps: int = SWEEPS) -> Tensor:
     """The codes of `descent` under fixed parameters."""
-    near, solved = format.encode(w, params), carried(w, format, params, hessian, firm)
+    near, solved = format.encode(w, params), carried(w, format, params, hessian)
     before, after = (lost(format.decode(c, params)[:, : w.shape[1]] - w, firm) for c in (near, solved))
     return descended(w, format, params, torch.where((after < before)[:, None], solved, near), firm, sweeps)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..formats.codec import Stored
 from ..formats.format import Format
 from ..formats.qtensor import QTensor, packed, to_matrix
-from .quadratic import check, damped, importance
+from .quadratic import check, importance, inverse_factor
 from .rtn import rtn
 
 #: Columns whose errors are gathered before the rest of the matrix is touched.
@@ -42,17 +42,16 @@ def gptq(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, table: 
         return rtn(weight, format, axis=axis, table=table)
     check(w, hessian)
     params = format.store(format.fit(w, importance(hessian, len(w)), table))
-    codes = carried(w, format, params, hessian, damped(hessian)[0], order)
+    codes = carried(w, format, params, hessian, order)
     return packed(format, codes, params, tuple(weight.shape), axis)
 
 
-def carried(w: Tensor, format: Format, params: Stored, hessian: Tensor, firm: Tensor, order: Order = "heavy") -> Tensor:
-    """The codes of ``w`` (rows, columns) under fixed parameters; ``firm`` is ``hessian`` damped, whose diagonal gives the order."""
+def carried(w: Tensor, format: Format, params: Stored, hessian: Tensor, order: Order = "heavy") -> Tensor:
+    """The codes of ``w`` (rows, columns) under fixed parameters."""
     rows, cols = w.shape
-    groups = len(firm)
+    groups = len(hessian)
     turn = _turn(hessian.diagonal(dim1=1, dim2=2).double(), format, order)
-    u = _factor(firm[:, turn[:, None], turn])
-    del firm
+    u = inverse_factor(hessian, turn)
     work = w.double()[:, turn]
     codes: dict[int, Tensor] = {}
     width = BLOCK // format.step * format.step or format.step
@@ -94,12 +93,3 @@ def _turn(diagonal: Tensor, format: Format, order: Order) -> Tensor:
 def _rank(peak: Tensor) -> Tensor:
     """The place of each group when groups fall by ``peak``."""
     return peak.argsort(descending=True, stable=True).argsort()
-
-
-def _factor(firm: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of each damped Hessian, float64."""
-    lower = torch.linalg.cholesky(firm)
-    del firm  # of large matrices few are held at a time
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    return torch.linalg.cholesky(inverse, upper=True)

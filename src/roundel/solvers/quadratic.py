@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -26,27 +28,53 @@ def damped(hessian: Tensor) -> tuple[Tensor, float]:
     >>> h[0].tolist(), share
     ([[1.01, 0.0], [0.0, 1.01]], 0.01)
     """
+    turn = torch.arange(hessian.shape[1])
+    for share, diagonal in _ladder(hessian):
+        if _inverse_factor(hessian, turn, diagonal) is not None:
+            return _firm(hessian, turn, diagonal), share
+    raise FormatError(OVERFLOW)
+
+
+def inverse_factor(hessian: Tensor, turn: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian, its columns in the order ``turn``, float64.
+
+    At most three matrices of its size are held beside it. Raises `FormatError` as `damped` does.
+    """
+    for _, diagonal in _ladder(hessian):
+        if (upper := _inverse_factor(hessian, turn, diagonal)) is not None:
+            return upper
+    raise FormatError(OVERFLOW)
+
+
+#: What is said where no damping helps.
+OVERFLOW = "the Hessian is not positive definite, however damped: the calibration data overflows"
+
+
+def _ladder(hessian: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """Shares of the mean diagonal, and the diagonal (groups, columns) with each added."""
     diagonal = hessian.diagonal(dim1=1, dim2=2).double()
     dead = diagonal == 0
     mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
     mean = torch.where(mean == 0, 1.0, mean)
     alive = diagonal + torch.where(dead, mean, 0.0)
-    for share in DAMPING:
-        firm = hessian.double().clone()
-        firm.diagonal(dim1=1, dim2=2).copy_(alive + share * mean)
-        if _inverts(firm):
-            return firm, share
-    raise FormatError("the Hessian is not positive definite, however damped: the calibration data overflows")
+    return ((share, alive + share * mean) for share in DAMPING)
 
 
-def _inverts(firm: Tensor) -> bool:
-    """Whether it and its inverse are positive definite; of large matrices few are held at a time."""
-    lower, failed = torch.linalg.cholesky_ex(firm)
+def _firm(hessian: Tensor, turn: Tensor, diagonal: Tensor) -> Tensor:
+    firm = hessian[:, turn[:, None], turn].double()
+    firm.diagonal(dim1=1, dim2=2).copy_(diagonal[:, turn])
+    return firm
+
+
+def _inverse_factor(hessian: Tensor, turn: Tensor, diagonal: Tensor) -> Tensor | None:
+    """None where it or its inverse is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(_firm(hessian, turn, diagonal))
     if failed.any():
-        return False
+        return None
     inverse = torch.cholesky_inverse(lower)
     del lower
-    return not torch.linalg.cholesky_ex(inverse, upper=True)[1].any()
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed.any() else upper
 
 
 def lost(d: Tensor, hessian: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def solved(solve: Callable[..., QTensor], weight: Tensor, format: Format, hessia
 
     >>> import torch
     >>> from roundel.solvers import gptq
-    >>> x, w = torch.randn(72, 8, generator=torch.Generator().manual_seed(0)).split([64, 8])
-    >>> found = solved(gptq, w, Format.parse("int3"), ((x + x[:, :1]).T @ (x + x[:, :1]))[None])
+    >>> x, w = torch.randn(72, 16, generator=torch.Generator().manual_seed(0)).split([64, 8])
+    >>> found = solved(gptq, w, Format.parse("int3"), ((x + 2 * x[:, :1]).T @ (x + 2 * x[:, :1]))[None])
     >>> found.after < found.before, found.damping, found.dead
     (True, 0.01, 0)
     """
