@@ -109,9 +109,8 @@ def main(out: Path, seed: int, steps: int) -> None:
     record.write_text(
         json.dumps({**made_by, "held_out_loss": round(final, 4), "parameters": model.num_parameters(), "tokens": len(ids)}) + "\n"
     )
-    click.echo(
-        f"{out}: {model.num_parameters():,} parameters, held-out loss {final:.3f} nats per token, {time.perf_counter() - start:.0f} s"
-    )
+    seconds = time.perf_counter() - start
+    click.echo(f"{out}: {model.num_parameters():,} parameters, held-out loss {final:.3f} nats per token, {seconds:.0f} s")
     return None
 
 

@@ -286,7 +286,7 @@ def test_a_solver_that_lowers_the_layers_error_and_raises_the_divergence_is_caug
 
     assert kl(named) > 10 * kl(fast)
     assert kl(honest) < 0.1 * kl(named)
-    assert [note.text.split(":")[0] for note in q.notes if "GPTQ" in note.text][0] == "GPTQ not kept"
+    assert next(note.text.split(":")[0] for note in q.notes if "GPTQ" in note.text) == "GPTQ not kept"
     assert [n.text for n in q.notes if "bias" in n.text] == [n.text for n in fast.notes if "bias" in n.text]
     assert all(torch.equal(q.tensors[name].codes, fast.tensors[name].codes) for name in fast.tensors)
     assert all(torch.equal(q.rest[name], fast.rest[name]) for name in fast.rest)
@@ -496,7 +496,7 @@ def test_a_solver_that_is_named_solves_the_network_that_the_transforms_leave() -
         model[2].weight /= size
     x = torch.randn(200, 16) @ torch.randn(16, 16)
     q = rd.quantize(model, "int3/tensor", data=[x], effort="default", solver="descent")
-    assert [note.text.split(":")[0] for note in q.notes if "kept" in note.text][0] == "equalization kept"
+    assert next(note.text.split(":")[0] for note in q.notes if "kept" in note.text) == "equalization kept"
     near = rd.quantize(model, "int3/tensor", data=[x], effort="default", solver="rtn")
     assert any(not torch.equal(q.tensors[name].codes, near.tensors[name].codes) for name in q.tensors)
     assert q.provenance["solver"] == "descent"
