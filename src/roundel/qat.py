@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .calibrate import Progress, evaluating, list_of_batches, one_thread
-from .data import Preprocess, batches
+from .data import Data, Preprocess, batches
 from .errors import InputError, PlanError
 from .gate import LEAST, split
 from .graph import Graph, GraphModule
@@ -73,6 +74,9 @@ def prepare(
         network = find_network(model, items, notes)
     start = network.module if isinstance(network, GraphNetwork) else model
     q = quantize(start, weights, activations, data=items, plan=plan, exclude=exclude, ranges=ranges, progress=progress)
+    applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
+    if applied is not None and applied != Preprocess():
+        q = replace(q, provenance={**q.provenance, "preprocess": applied.to_dict()})
     real = {target.name: target.weight for target in network.targets}
     return prepare_quantized(q, real, learn=learn, rounding=rounding, scales=scales, tables=tables, drop=drop, momentum=momentum)
 
@@ -101,6 +105,8 @@ def tune(
     """
     if steps is not None and budget is not None:
         raise PlanError("give steps or a budget, not both")
+    if steps is not None and steps < 1:
+        raise PlanError(f"steps={steps}: training takes at least one")
     seconds = seconds_of(budget, "best")
     items = list_of_batches(batches(data, preprocess=preprocess))
     notes: list[Note] = []

@@ -92,7 +92,7 @@ def quantize(
     if guided and solver not in NEED_HESSIAN:
         raise PlanError(f"guided=True is about the Hessians of a solver: name one, {' or '.join(sorted(NEED_HESSIAN))}")
     seconds = seconds_of(budget, effort)
-    if loss is not None and not loss > 0:
+    if loss is not None and not (isinstance(loss, int | float) and loss > 0):
         raise PlanError(f"loss={loss!r}: the divergence to stop at is a number above 0")
     plan = _rules(weights, activations, exclude, plan)
     items = None if data is None else list_of_batches(batches(data, preprocess=preprocess))
@@ -103,6 +103,8 @@ def quantize(
             raise PlanError(f"effort={effort!r} compares models, which needs them in memory: name a solver, such as solver='gptq'")
         if guided:
             raise PlanError("guided Hessians take a backward pass of the whole model: leave output= or guided= away")
+        if effort == "best" or loss is not None:
+            raise PlanError("effort='best' and loss= measure whole models, which needs them in memory: leave output= away")
         from .folder import quantize_folder
 
         return quantize_folder(path, plan, items, provenance, output=output, memory=memory, solver=solver, executor=executor,
@@ -145,6 +147,9 @@ def quantize(
             q = near(network)
             if effort != "fast" and solver is None:
                 notes.append(Note("model", f"{listed(EFFORTS[effort])} not tried: there is no data to learn from"))
+            if loss is not None:
+                told = f"the loss of {loss:g} that was asked for was not measured: there is no data"
+                notes.append(Note("model", told, fallback=True))
         q = followed(q, table, network.known(), items or [])
     q = replace(q, notes=q.notes + tuple(notes))
     if strict:

@@ -203,8 +203,7 @@ class _Run:
             return self._rounding(name)
         one = self.network.found[_layer(name)]
         stages = [hessians * moment_bytes(one) + copies * self._piece(name) for hessians, copies in SOLVING]
-        account = SOLVING[0][0] * moment_bytes(one) + 8.0 * self.state[name].numel()  # the weight and its codes' values, whole
-        return max(self._rounding(name), account, *stages)
+        return max(self._rounding(name), *stages)
 
     def _running(self, inside: list[str]) -> float:
         """The values inside a block for one unit of work, and the second moment of one input of it."""

@@ -10,7 +10,7 @@ import torch
 
 from ..calibrate import Progress
 from ..data import Batch
-from ..errors import InputError
+from ..errors import FormatError, InputError
 from ..gate import LEAST, Losses, choose, losses, split
 from ..graph import Graph
 from ..network.sweep import MATRIX
@@ -50,57 +50,50 @@ def climb(
     progress: Progress | None,
     notes: list[Note],
 ) -> QModel:
-    """``near(network)`` after the steps of ``effort``, those that were measured to help; a solver that was named is not judged."""
+    """``near(network)`` after the steps of ``effort``, those that were measured to help. A solver that was named is not judged, and
+    no step then chooses codes anew."""
     end = None if effort.seconds is None else time.monotonic() + effort.seconds
     rung = Rung(network, near(network))
     if not rung.q.tensors:
         return rung.q
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
+    judges, means = sum(map(len, held)), Means(near, plan, learn, end, effort.seed, progress)
     names = [name for name in EFFORTS[effort.level] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
-    if effort.solver is not None:
-        names = [name for name in names if name.split()[-1].lower() not in SOLVERS]
-
-    def solved(rung: Rung) -> Rung:
-        if effort.solver not in NEED_HESSIAN:
-            return rung
-        return Rung(rung.network, _solved(rung.network, rung.q, learning(items, network.whole), effort, progress, notes))
+    names = [name for name in names if effort.solver is None or not STEPS[name].codes]
 
     def measured(q: QModel) -> Losses:
         return losses(network.module, q.module, held)
 
-    if not names:
-        return solved(rung).q
-    if (judges := sum(map(len, held))) < LEAST:
-        told = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)"
-        notes.append(Note("model", f"{listed(names)} not tried: {told}"))
-        return solved(rung).q
-    try:
-        loss = measured(rung.q)
-    except InputError as err:
-        notes.append(Note("model", f"{listed(names)} not tried: there is nothing to judge by, {err}"))
-        return solved(rung).q
-    means, ready = Means(near, plan, learn, end, effort.seed, progress), effort.solver not in NEED_HESSIAN
-    while True:
-        if not ready and not (names and STEPS[names[0]].anew):
-            rung, ready = solved(rung), True
-            loss = measured(rung.q)
-        if not names or (ready and _enough(loss, effort.loss)):
-            break
-        name, *names = names
-        new = STEPS[name].make(rung, means)
-        if new is None:
-            continue
+    loss: Losses | None = None
+    why = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)" if judges < LEAST else ""
+    if not why and (names or effort.loss is not None):
         try:
-            rung, loss = _judged(name, rung, new, measured, loss, notes)
+            loss = measured(rung.q)
         except InputError as err:
-            notes.append(Note("model", f"{name} not kept: {err}"))
+            why = f"there is nothing to judge by, {err}"
+    if why and names:
+        notes.append(Note("model", f"{listed(names)} not tried: {why}"))
+        names = []
+    named = [effort.solver] if effort.solver in NEED_HESSIAN else []  # after the transforms, which quantize anew
+    queue = [name for name in names if STEPS[name].anew] + named + [name for name in names if not STEPS[name].anew]
+    while queue and (effort.solver in queue or not _enough(loss, effort.loss)):
+        name = queue.pop(0)
+        if name == effort.solver:
+            q = _solved(rung.network, rung.q, learning(items, network.whole), effort, progress, notes)
+            rung, loss = replace(rung, q=q), None if loss is None else measured(q)
+        elif loss is not None:
+            rung, loss = _tried(name, rung, means, measured, loss, notes)
     if effort.loss is not None:
-        now = f"it is {_mean(loss):.3g} on {judges} held-out examples"
-        if not _enough(loss, effort.loss):
-            notes.append(Note("model", f"the loss of {effort.loss:g} that was asked for is missed: {now}", fallback=True))
-        elif names:
-            notes.append(Note("model", f"{listed(names)} not needed for a loss of {effort.loss:g}: {now}"))
-    return rung.q
+        told = f"the loss of {effort.loss:g} that was asked for"
+        if loss is None:
+            notes.append(Note("model", f"{told} was not measured: {why}", fallback=True))
+        elif not _enough(loss, effort.loss):
+            now = f"it is {_mean(loss):.3g} on {judges} held-out examples"
+            notes.append(Note("model", f"{told} is missed: {now}", fallback=True))
+        elif queue:
+            now = f"it is {_mean(loss):.3g} on {judges} held-out examples"
+            notes.append(Note("model", f"{listed(queue)} not needed for a loss of {effort.loss:g}: {now}"))
+    return replace(rung.q, notes=(*rung.q.notes, *rung.told))
 
 
 def _mean(loss: Losses) -> float:
@@ -108,8 +101,8 @@ def _mean(loss: Losses) -> float:
     return float((error if kl is None else kl).mean())
 
 
-def _enough(loss: Losses, wanted: float | None) -> bool:
-    return wanted is not None and _mean(loss) <= wanted
+def _enough(loss: Losses | None, wanted: float | None) -> bool:
+    return loss is not None and wanted is not None and _mean(loss) <= wanted
 
 
 def listed(names: Sequence[str]) -> str:
@@ -117,24 +110,40 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _judged(name: str, old: Rung, new: Rung, measure: Callable[[QModel], Losses], loss: Losses,
-            notes: list[Note]) -> tuple[Rung, Losses]:  # fmt: skip
-    """The rung that stays, with its losses."""
-    layers = _changed(old.q, new.q) if STEPS[name].parts else []
-    passes = min(PASSES, 2 * len(layers) - 2)
-    kept, best, verdict = choose(layers or ["model"], lambda chosen: measure(_mixed(old.q, new.q, chosen, layers)), loss, passes)
+def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losses], loss: Losses,
+           notes: list[Note]) -> tuple[Rung, Losses]:  # fmt: skip
+    """The rung that stays after a step, with its losses."""
+    try:
+        new = STEPS[name].make(old, means)
+        if new is None:
+            return old, loss
+        changed = _changed(old.q, new.q)
+        if new.network is old.network and not changed:  # the step itself found that nothing helps, and says so
+            notes += new.q.notes[len(old.q.notes) :]
+            return old, loss
+        layers = changed if STEPS[name].parts else []
+        passes = min(PASSES, 2 * len(layers) - 2)
+
+        def measure_with(chosen: frozenset[str]) -> Losses:
+            return measure(_mixed(old.q, new.q, chosen, layers))
+
+        kept, best, verdict = choose(layers or ["model"], measure_with, loss, passes)
+    except (InputError, FormatError) as err:
+        notes.append(Note("model", f"{name} not kept: {err}"))
+        return old, loss
     notes.append(Note("model", f"{name} {'kept' if verdict.kept else 'not kept'}: {verdict}"))
     if other := [layer for layer in layers if (layer in kept) != verdict.kept]:
         done = "taken back, the model is nearer without it" if verdict.kept else "kept here, where it helps"
         notes += [Note(layer, f"{name} {done}") for layer in other]
-    return (Rung(new.network, _mixed(old.q, new.q, kept, layers)) if kept else old), best
+    return (replace(new, q=_mixed(old.q, new.q, kept, layers)) if kept else old), best
 
 
 def _changed(old: QModel, new: QModel) -> list[str]:
-    """Layers in which two forms of one network differ, in order."""
-    tensors = [name for name, tensor in new.tensors.items() if tensor is not old.tensors[name]]
-    rest = [name for name, value in new.rest.items() if not torch.equal(value, old.rest[name])]
-    return list(dict.fromkeys(_layer(name) for name in [*tensors, *rest]))
+    """Layers and sites in which two forms of one network differ, in order."""
+    tensors = [name for name, tensor in new.tensors.items() if tensor is not old.tensors.get(name)]
+    rest = [name for name, value in new.rest.items() if name not in old.rest or not torch.equal(value, old.rest[name])]
+    sites = [name for name, site in new.activations.items() if site is not old.activations.get(name)]
+    return list(dict.fromkeys(_layer(name) for name in [*tensors, *rest, *sites]))
 
 
 def _layer(name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import PlanError
 from ..files import size_text
 
-#: Copies in float32 of a piece of rows that rounding it holds at a time. These figures are measured (docs/large-models.md).
+#: Copies in float32 of a piece of rows that rounding it holds at a time.
 ROUNDING = 9
 
 #: (copies of a Hessian in float64, itself counted; copies of a piece in float32) while it is inverted, and while codes are chosen.

@@ -25,16 +25,17 @@ from .networks import GraphNetwork, ModuleNetwork, Network, solved_guided
 
 @dataclass(frozen=True, eq=False)
 class Rung:
-    """A float network, perhaps transformed, and its quantized form."""
+    """A float network, perhaps transformed, its quantized form, and what the transforms told."""
 
     network: Network
     q: QModel
+    told: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Means:
     """What steps work with: ``near`` gives the ladder's foot for any network (ranges from the data, weights rounded to nearest),
-    ``learn`` the examples they may learn from, ``end`` the clock's time at which the last of them must be done."""
+    ``learn`` the examples they may learn from, ``end`` the clock's time at which those that train are to end."""
 
     near: Callable[[Network], QModel]
     plan: Plan
@@ -47,12 +48,14 @@ class Means:
 @dataclass(frozen=True, eq=False)
 class Step:
     """``make`` gives the next rung, or None where there is nothing to do; ``graph``: it needs to know how values flow; ``parts``:
-    its layers can stay one by one; ``anew``: it quantizes another network, so what was done to codes before is lost."""
+    its layers can stay one by one; ``anew``: it quantizes another network, so what was done to codes before is lost; ``codes``: it
+    chooses codes, which a solver that was named does outright."""
 
     make: Callable[[Rung, Means], Rung | None]
     graph: bool = False
     parts: bool = False
     anew: bool = False
+    codes: bool = False
 
 
 def equalization(rung: Rung, means: Means) -> Rung | None:
@@ -60,8 +63,9 @@ def equalization(rung: Rung, means: Means) -> Rung | None:
 
 
 def smoothing(rung: Rung, means: Means) -> Rung | None:
-    """`smooth` by the formats of the plan's first rule; nothing to do where that leaves weights or activations float."""
-    weights, activations = means.plan.rules[0].weight, means.plan.rules[0].activation
+    """`smooth` by the formats that the plan has for everything; nothing to do where it leaves weights or activations float."""
+    every = [rule for rule in reversed(means.plan.rules) if rule.pattern == "*"]
+    weights, activations = (next(filter(None, given), None) for given in ((r.weight for r in every), (r.activation for r in every)))
     if weights in (None, FLOAT) or activations in (None, FLOAT):
         return None  # where activations are float nothing is gained by moving their scale into weights
     return _transformed(rung, means, *smooth(rung.network.module, means.learn, weights, activations))
@@ -72,8 +76,7 @@ def _transformed(rung: Rung, means: Means, module: nn.Module, told: Sequence[Not
     if module is rung.network.module:
         return None
     network: Network = GraphNetwork(module.graph, []) if isinstance(module, GraphModule) else ModuleNetwork(module, [])
-    q = means.near(network)
-    return Rung(network, replace(q, notes=(*q.notes, *told)))
+    return Rung(network, means.near(network), (*rung.told, *told))
 
 
 def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
@@ -81,7 +84,7 @@ def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
 
     def make(rung: Rung, means: Means) -> Rung:
         q = rung.network.refined(rung.q, list(means.learn), SOLVERS[name], False, means.progress)
-        return Rung(rung.network, replace(q, provenance={**q.provenance, "solver": name}))
+        return replace(rung, q=replace(q, provenance={**q.provenance, "solver": name}))
 
     return make
 
@@ -91,20 +94,20 @@ def guided_descent(rung: Rung, means: Means) -> Rung | None:
     if isinstance(rung.network, GraphNetwork):
         return None
     q = solved_guided(rung.network, rung.q, list(means.learn), SOLVERS["descent"], means.seed, False, means.progress)
-    return Rung(rung.network, replace(q, provenance={**q.provenance, "solver": "descent"}))
+    return replace(rung, q=replace(q, provenance={**q.provenance, "solver": "descent"}))
 
 
 def bias_correction(rung: Rung, means: Means) -> Rung:
-    return Rung(rung.network, rung.network.refined(rung.q, list(means.learn), None, True, means.progress))
+    return replace(rung, q=rung.network.refined(rung.q, list(means.learn), None, True, means.progress))
 
 
 def reconstruction(rung: Rung, means: Means) -> Rung:
-    """Each block trained towards the float one's outputs; without QDrop, which in so few steps brought ResNet-20 no nearer."""
+    """Each block trained towards the float one's outputs, without QDrop: its steps are few."""
     assert isinstance(rung.network.module, GraphModule)
     left = _left(means)
     q = reconstruct(rung.q, rung.network.module, means.learn, how=Tuning(drop=0.0, seed=means.seed),
                     seconds=None if left is None else BLOCKS * left, progress=means.progress)  # fmt: skip
-    return Rung(rung.network, q)
+    return replace(rung, q=q)
 
 
 #: The share of the time left that blocks take; the whole takes the rest.
@@ -123,11 +126,11 @@ def teaching(rung: Rung, means: Means) -> Rung:
     left = _left(means)
     steps = TEACHING_STEPS if left is None else None
     if text is None:
-        return Rung(rung.network, tune_model(rung.q, module, learn, held, Teaching(steps, left, seed=means.seed), means.progress))
+        return replace(rung, q=tune_model(rung.q, module, learn, held, Teaching(steps, left, seed=means.seed), means.progress))
     how = Teaching(steps, left, rates_of(rung.q), means.seed, "codes")
     q = tune_model(rung.q, module, text[0], held, how, means.progress)
     told = f"end-to-end tuning learned from {text[1]} examples that the model wrote itself as well"
-    return Rung(rung.network, replace(q, notes=(*q.notes, Note("model", told))))
+    return replace(rung, q=replace(q, notes=(*q.notes, Note("model", told))))
 
 
 def _left(means: Means) -> float | None:
@@ -139,11 +142,11 @@ def _left(means: Means) -> float | None:
 STEPS: dict[str, Step] = {
     "equalization": Step(equalization, graph=True, anew=True),
     "smoothing": Step(smoothing, anew=True),
-    "GPTQ": Step(solving("gptq"), parts=True),
-    "guided descent": Step(guided_descent, parts=True),
+    "GPTQ": Step(solving("gptq"), parts=True, codes=True),
+    "guided descent": Step(guided_descent, parts=True, codes=True),
     "bias correction": Step(bias_correction, graph=True, parts=True),
-    "reconstruction": Step(reconstruction, graph=True),
-    "end-to-end tuning": Step(teaching),
+    "reconstruction": Step(reconstruction, graph=True, codes=True),
+    "end-to-end tuning": Step(teaching, codes=True),
 }
 
 #: What ``effort`` does after rounding to nearest.

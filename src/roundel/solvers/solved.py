@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..formats.format import Format
@@ -49,18 +50,20 @@ def solved(solve: Callable[..., QTensor], weight: Tensor, format: Format, hessia
     begin = time.perf_counter()
     tensor = solve(weight, format, hessian, axis=axis, table=table)
     seconds = time.perf_counter() - begin
-    w = to_matrix(weight.detach(), axis).float()
+    w = to_matrix(weight.detach(), axis)
     if not w.numel():
         return Solved(tensor, 0.0, 0.0, 0.0, 0, seconds)
     firm, share = damped(hessian)
     near = rtn(weight, format, importance(hessian, len(w)), axis, table) if near is None else near
-    whole = _lost(w, firm) or 1.0
-    before, after = (_lost(q.matrix_values() - w, firm) / whole for q in (near, tensor))
+    whole = _lost(w, None, firm) or 1.0
+    before, after = (_lost(w, q, firm) / whole for q in (near, tensor))
     dead = int((hessian.diagonal(dim1=1, dim2=2) == 0).sum())
     return Solved(tensor, before, after, share, dead, seconds)
 
 
-def _lost(d: Tensor, firm: Tensor) -> float:
-    """`lost`, summed over the rows, some of them at a time."""
-    rows = d.view(len(firm), -1, d.shape[1]).split(max(1, CHUNK // d.shape[1] // len(firm)), 1)
-    return sum(float(lost(part.reshape(-1, d.shape[1]), firm).sum()) for part in rows)
+def _lost(w: Tensor, q: QTensor | None, firm: Tensor) -> float:
+    """`lost` of what ``q`` makes of ``w``, or of ``w`` without it, summed over the rows, some of them at a time."""
+    step = max(1, CHUNK // w.shape[1] // len(firm))
+    parts = (part.flatten() for part in torch.arange(len(w)).view(len(firm), -1).split(step, 1))
+    errors = (w[rows].float() if q is None else q.matrix_values(rows) - w[rows].float() for rows in parts)
+    return sum(float(lost(d, firm).sum()) for d in errors)

@@ -52,10 +52,11 @@ def _norms(module: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, child in module.named_modules():
         own = dict(child.named_parameters(recurse=False))
-        alike = {p.shape for p in own.values()}
-        if next(child.children(), None) is None and "weight" in own and own.keys() <= {"weight", "bias"} and len(alike) == 1:
-            if own["weight"].ndim == 1 and own["weight"].is_floating_point():
-                found[name] = child
+        if next(child.children(), None) is not None or "weight" not in own or not own.keys() <= {"weight", "bias"}:
+            continue
+        vector = own["weight"].ndim == 1 and own["weight"].is_floating_point()
+        if vector and len({p.shape for p in own.values()}) == 1:
+            found[name] = child
     return found
 
 

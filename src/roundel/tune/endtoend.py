@@ -108,6 +108,7 @@ def _at_the_float_weights(q: QModel, teacher: nn.Module) -> QModel:
     return replace(q, tensors={name: nearest(name, tensor) for name, tensor in q.tensors.items()})
 
 
+@torch.enable_grad()
 def _train(module: nn.Module, teacher: nn.Module, batches: Sequence[Batch], how: Teaching, progress: Progress | None) -> int:
     """Adam under a cosine after a short warm-up; the number of steps done."""
     groups = []

@@ -63,6 +63,8 @@ def prepare(
     >>> torch.equal(module(x), q.module(x)), {kind: len(found) for kind, found in kinds(module).items()}
     (True, {'weights': 1, 'rounding': 0, 'scales': 5, 'tables': 0, 'rest': 1})
     """
+    if moving := [site for site, one in q.activations.items() if one.when == "running"]:
+        raise PlanError(f"{moving[0]!r} follows its input at run time, which training does not see: train with static ranges")
     names = {id(tensor): name for name, tensor in q.tensors.items()}
     floats = None if real is None else float_weights(real)
     graph = isinstance(q.structure, Graph)

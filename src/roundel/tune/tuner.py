@@ -112,6 +112,7 @@ def mean_distance(loss: Loss, module: Interpreter, values: Sequence[Values], wan
     return total / max(1.0, count)
 
 
+@torch.enable_grad()
 def tune(module: Interpreter, values: Sequence[Values], wanted: Sequence[Values], kinds: Mapping[str, Sequence[nn.Parameter]],
          how: Tuning, steps: int, unit: float, judge: Callable[[], float] | None = None,
          pull: Callable[[float], Tensor] | None = None, told: Told | None = None) -> None:  # fmt: skip
@@ -195,6 +196,7 @@ def _take(env: Values, index: Tensor, count: int) -> Values:
     return {name: value[index] if value.ndim and len(value) == count else value for name, value in env.items()}
 
 
+@torch.enable_grad()
 def pace(module: Interpreter, values: Sequence[Values], wanted: Sequence[Values], how: Tuning) -> float:
     """Seconds that one step takes now: the second of two passes there and back, which change nothing."""
     took = 0.0
