@@ -395,7 +395,7 @@ def test_what_gptq_needs_and_what_effort_may_be() -> None:
         rd.quantize(model, "int4", solver="gptq")
     with pytest.raises(rd.PlanError, match="there is no effort 'heroic'; there are fast, default"):
         rd.quantize(model, "int4", effort="heroic")
-    with pytest.raises(rd.PlanError, match="there is no solver 'magic'; there are rtn, gptq"):
+    with pytest.raises(rd.PlanError, match="there is no solver 'magic'; there are rtn, hqq, gptq, descent, alternate"):
         rd.quantize(model, "int4", solver="magic")
 
 
