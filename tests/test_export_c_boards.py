@@ -186,6 +186,7 @@ def test_helium_on_m55(tmp_path: Path) -> None:
         print(word, ", ".join(f"{name} {n:.2f}" for name, n in per[word].items()), f"per product, in all {sum(counts):,}")
     one, other = per["Helium"], per["without"]
     assert one["conv_2"] <= 0.66
+    assert one["conv_1"] <= 3.6
     assert one["conv_2"] <= other["conv_2"] / 2.5
     assert one["conv_1"] <= other["conv_1"] / 2
     assert one["linear_11"] <= other["linear_11"] / 3

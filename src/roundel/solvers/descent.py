@@ -49,7 +49,7 @@ def start(w: Tensor, format: Format, params: Stored, hessian: Tensor, firm: Tens
 
 
 def descended(w: Tensor, format: Format, params: Stored, codes: Tensor, firm: Tensor, sweeps: int = SWEEPS) -> Tensor:
-    """``codes`` after at most ``sweeps`` over all columns, heaviest last known errors undone one step at a time."""
+    """``codes`` after at most ``sweeps`` over all columns, one step of columns after the other."""
     for _ in range(sweeps):
         moved = _sweep(w, format, params, codes, firm)
         if torch.equal(moved, codes):

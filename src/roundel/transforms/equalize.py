@@ -16,13 +16,14 @@ from .networks import Network, channels_of, proven, rescaled, tensors_of
 SWEEPS = 100
 
 
-def equalize(network: Network, data: Iterable[object] | None = None, *, clips: bool = False, streams: bool = False) -> tuple[Network, tuple[Note, ...]]:  # fmt: skip  # noqa: E501
+def equalize(
+    network: Network, data: Iterable[object] | None = None, *, clips: bool = False, streams: bool = False
+) -> tuple[Network, tuple[Note, ...]]:
     """An equal graph in which every channel has the same largest magnitude where it is made as where it is read.
 
     A graph's channels are read off it; an ordinary module's are found and proven on ``data``, `InputError` without. ``clips``: the
-    bound of a ReLU6 moves along with its channels (then one number per channel, in a node of its own); else channels that it
-    could cut
-    stay as they are. ``streams``: channels that several layers write, such as a sum's, are scaled too.
+    bound of a ReLU6 moves along with its channels (then one number per channel, in a node of its own); else channels that
+    it could cut stay as they are. ``streams``: channels that several layers write, such as a sum's, are scaled too.
 
     >>> import torch
     >>> from roundel import capture, fuse

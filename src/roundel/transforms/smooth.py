@@ -54,13 +54,11 @@ def smooth(
     """An equal network whose weighted layers lose less to these formats.
 
     Channel j of a layer's input is divided by s_j where it is made (the gain of a norm, the rows of the layer before) and its
-    column
-    of the weights multiplied. With ``by="max"`` s_j = max|X_j|^a / max|W_j|^(1-a) (SmoothQuant, Xiao et al. 2023, arXiv 2211.10438,
-    eq. 4); with ``"mean"`` s_j = mean|X_j|^a (AWQ, Lin et al. 2024, arXiv 2306.00978, eq. 5). The exponent a is searched in
-    ``grid``
-    for the layers that share an input, by the squared error of their outputs with both sides rounded to nearest, on a sample of
-    ``data``; where none lowers it by 5 %, the scale stays. ``weights`` and ``activations`` are format texts as `quantize` takes
-    them; activations None computes in float.
+    column of the weights multiplied. With ``by="max"`` s_j = max|X_j|^a / max|W_j|^(1-a) (SmoothQuant, Xiao et al. 2023, arXiv
+    2211.10438, eq. 4); with ``"mean"`` s_j = mean|X_j|^a (AWQ, Lin et al. 2024, arXiv 2306.00978, eq. 5). The exponent a is
+    searched in ``grid`` for the layers that share an input, by the squared error of their outputs with both sides rounded to
+    nearest, on a sample of ``data``; where none lowers it by 5 %, the scale stays. ``weights`` and ``activations`` are format
+    texts as `quantize` takes them; activations None computes in float.
 
     >>> from roundel.graph import GraphModule
     >>> net = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
