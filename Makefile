@@ -1,6 +1,6 @@
 # One command per job. Each sets up what it needs in .venv first; a second call starts at once.
 .DELETE_ON_ERROR:
-.PHONY: demo test soak verify-boards counts lint docs clean
+.PHONY: demo test soak verify-boards counts bench-cnn lint docs clean
 
 PYTHON ?= python3.11
 PY := .venv/bin/python
@@ -21,6 +21,10 @@ verify-boards: .venv/.dev  ## the long runs on every board that QEMU plays (an h
 
 counts: .venv/.dev  ## instructions of DS-CNN on a Cortex-M4; 2 % more than scripts/instructions.json is a failure
 	$(PY) scripts/instructions.py
+
+bench-cnn: .venv/.dev  ## other toolkits on the same networks, each in an environment of its own (11 GB, hours); what is on record is kept
+	$(PY) bench/harness.py install
+	$(PY) bench/harness.py run
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

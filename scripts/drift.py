@@ -4,19 +4,24 @@
     python scripts/drift.py --model DS-CNN --drift gain --plot drift.svg
 
 A stream is `--samples` scored examples in a fixed random order, one after the other; what drifts does so from `--onset` on.
-Columns: static ranges; static ones with each example's mean and deviation put back to calibration's; running ranges; static ones
-calibrated on data that drift likewise; dynamic ranges of the inputs of weighted layers (all else is float there; for images the
-same per token and, one example at a time, per tensor).
+Columns: static ranges; static ones with each example's mean and deviation put back to calibration's; static ones calibrated on data
+that drift likewise; running ranges; dynamic ones at the same sites, each sample by its own ends; dynamic ranges of the inputs of
+weighted layers, where all else is float.
 
-Figures over what comes after the onset: KL(float || quantized) in nats, flips, top-1; for running ranges also how many examples
-pass until the mean KL of 25 stays within 1.5 times what the same examples cost once the ranges have settled (in a second pass).
+Figures over what comes after the onset: KL(float || quantized) in nats, flips, top-1. For running ranges also the mean difference
+of KL to dynamic ones at the same sites with its standard error, sample by sample; the share of all numbers that were coded anew,
+where dynamic ranges measure every number before they code it; and how many examples pass until the mean KL of 25 stays within 1.5
+times what the same examples cost once the ranges have settled (in a second pass), but for chance: two standard errors. Last, CPU
+time per sample, given one by one.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +31,8 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 import roundel as rd
-from roundel.network.running import reset
+from roundel.network.running import Tracker, reset, trackers
+from roundel.plan import Rule
 from roundel.report.svg import WIDTH, Axis, axis, tick_label
 
 #: Examples that a recovery is averaged over, and how far above the final level counts as recovered.
@@ -36,6 +42,9 @@ WINDOW, BACK = 25, 1.5
 SAME = ("none", "slow", "burst", "class-skewed")
 
 Drift = Callable[[Tensor, int], Tensor]
+
+#: What running sites have counted, by name.
+Counts = dict[str, Tensor]
 
 
 def _measure() -> ModuleType:
@@ -100,6 +109,16 @@ def outputs(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out if bool((out >= 0).all() and (out.sum(1) - 1).abs().max() < 0.05) else out.softmax(1)
 
 
+def seconds(module: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Median of the CPU time per sample, one after the other."""
+    found = []
+    for sample in x.split(1):
+        begun = time.process_time()
+        outputs(module, sample)
+        found.append(time.process_time() - begun)
+    return float(torch.tensor(found).median())
+
+
 def divergence(real: Tensor, quantized: Tensor) -> Tensor:
     """KL in nats of each sample, floored at 1/512 as `roundel.evaluate` does for probabilities."""
     p, q = (part.double().clamp(min=1 / 512) for part in (real, quantized))
@@ -108,10 +127,11 @@ def divergence(real: Tensor, quantized: Tensor) -> Tensor:
 
 
 def recovered(kl: Tensor, settled: Tensor) -> int | None:
-    """Examples until the mean of the next `WINDOW` stays within `BACK` times what it is when the ranges have settled."""
-    first, second = (part.unfold(0, WINDOW, 1).mean(1) for part in (kl, settled))
-    late = (first > BACK * second).nonzero()
-    after = int(late[-1]) + 1 if len(late) else 0
+    """Examples until the mean of the next `WINDOW` no more exceeds `BACK` times what it is when the ranges have settled, by more
+    than twice the standard error of the difference."""
+    first, second, paired = (part.unfold(0, WINDOW, 1) for part in (kl, settled, kl - settled))
+    late = (first.mean(1) > BACK * second.mean(1)) & (paired.mean(1) > 2 * paired.std(1) / WINDOW**0.5)
+    after = int(late.nonzero()[-1]) + 1 if late.any() else 0
     return after if after < len(first) else None
 
 
@@ -133,6 +153,19 @@ def ordered(x: Tensor, labels: Tensor, samples: int, skewed: bool) -> tuple[Tens
     return x[pick], labels[pick]
 
 
+def with_room(q: rd.QModel, room: float) -> rd.QModel:
+    """Running sites with another room, but for inputs, which have none; 1 is dynamic, at the same sites."""
+    moving = {name: a.tracker for name, a in q.activations.items() if a.tracker is not None and a.tracker.room > 1}
+    changed = {name: replace(q.activations[name], tracker=replace(t, room=room)) for name, t in moving.items()}
+    return replace(q, activations={**q.activations, **changed})
+
+
+def anew(before: Counts, after: Counts) -> float:
+    """The share of the numbers of running sites that were coded anew between two readings of their counts."""
+    moved = [(after[name] - counts)[[0, 2, 3]].tolist() for name, counts in before.items()]
+    return sum(again / samples * numbers for samples, again, numbers in moved) / sum(numbers for *_, numbers in moved)
+
+
 # -- the plot ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +176,7 @@ def plot(curves: dict[str, Tensor], title: str) -> str:
     y = axis([float(v) for part in means.values() for v in (part.min(), part.max())], bottom, top, log=True)
     x = Axis(0, max(map(len, means.values())), left, right)
     form = '<text x="{:.0f}" y="{:.0f}" font-size="11" text-anchor="{}">{}</text>'
-    colours = ["#888", "#c60", "#a3c", "#27a", "#181"]
+    colours = ["#888", "#c60", "#a3c", "#181", "#27a", "#7bd"]
     parts = [Markup(form).format(left - 6, y(t) + 4, "end", tick_label(t)) for t in y.ticks()]
     for (name, kl), colour in zip(means.items(), colours, strict=False):
         path = "M" + "L".join(f"{x(i):.1f} {y(float(v)):.1f}" for i, v in enumerate(kl))
@@ -163,43 +196,54 @@ def plot(curves: dict[str, Tensor], title: str) -> str:
 @click.option("--onset", default=100, show_default=True, help="The first example that drifts.")
 @click.option("--calibrate", "count", default=500, show_default=True, help="Examples to calibrate on.")
 @click.option("--drift", "wanted", multiple=True, help="Only these drifts.")
+@click.option("--room", default=Tracker.room, show_default=True, help="How much wider a range may be than its sample asks.")
+@click.option("--site", "sites", multiple=True, help="Only these run; the others are static.")
 @click.option("--plot", "picture", type=click.Path(), help="Write the KL of the last drift as SVG.")
-def main(model: str, samples: int, onset: int, count: int, wanted: Sequence[str], picture: str | None) -> None:
+def main(
+    model: str, samples: int, onset: int, count: int, wanted: Sequence[str], room: float, sites: Sequence[str], picture: str | None
+) -> None:
     torch.set_num_threads(1)
     case = _measure().CASES[model]
     net, calibration, score = case.model().eval(), case.calibrate(), case.score()
     data = [batch.args[0] for batch in calibration][:: max(1, len(calibration) // count)]
     x, labels = torch.cat([b.args[0] for b in score]), torch.cat([b.target for b in score])
     mean, deviation = float(torch.cat(data).mean()), float(torch.cat(data).std())
-    static, dynamic, running = (
-        rd.quantize(net, "int8", text, data=data) for text in ("int8", "int8/token:dynamic", "int8:running")
-    )
-    whole = torch.cat(data)
+    static, inputs = (rd.quantize(net, "int8", text, data=data) for text in ("int8", "int8/token:dynamic"))
+    runs = [Rule(name, activation="int8:running") for name in sites or ["*"]]
+    running = with_room(rd.quantize(net, plan=rd.Plan((Rule("*", "int8", "int8"), *runs)), data=data), room)
+    whole, same_sites = torch.cat(data), with_room(running, 1.0)
     click.echo(f"`python scripts/drift.py {' '.join(sys.argv[1:])}`\n")
-    names = ("static", "re-normalised", "running", "recalibrated", "dynamic inputs")
-    click.echo("| drift | float top-1 | " + " | ".join(names) + " | recovery |")
-    click.echo("| --- " * (len(names) + 3) + "|")
-    for drift, change in drifts(onset, deviation).items():
-        if wanted and drift not in wanted:
-            continue
+    names = ("static", "re-normalised", "recalibrated", "running", "dynamic", "dynamic inputs")
+    click.echo("| drift | float top-1 | " + " | ".join(names) + " | running - dynamic | coded anew | recovery |")
+    click.echo("| --- " * (len(names) + 5) + "|")
+    for drift, change in ((name, change) for name, change in drifts(onset, deviation).items() if not wanted or name in wanted):
         stream, truth = ordered(x, labels, samples, drift == "class-skewed")
         stream = change(stream, onset)
         real = outputs(net, stream)
-        same = static if drift in SAME else rd.quantize(net, "int8", "int8", data=[drifts(0, deviation)[drift](whole, 0)])
-        methods = (static.module, renormalised(static.module, mean, deviation), running.module, same.module, dynamic.module)
+        again = static if drift in SAME else rd.quantize(net, "int8", "int8", data=[drifts(0, deviation)[drift](whole, 0)])
+        modules = (static.module, renormalised(static.module, mean, deviation), again.module, running.module, same_sites.module,
+                   inputs.module)  # fmt: skip
         cells, curves = [f"{(real.argmax(1) == truth)[onset:].double().mean():.1%}"], {}
         reset(running.module)
-        for name, module in zip(names, methods, strict=True):
-            got = outputs(module, stream)
+        for name, module in zip(names, modules, strict=True):
+            got = outputs(module, stream[:onset])
+            counts = {site: part.counts.clone() for site, part in trackers(running.module).items()}
+            got = torch.cat([got, outputs(module, stream[onset:])])
+            if name == "running":
+                share = anew(counts, {site: part.counts for site, part in trackers(running.module).items()})
             kl = curves[name] = divergence(real, got)
             flips = (got.argmax(1) != real.argmax(1))[onset:].double().mean()
             right = (got.argmax(1) == truth)[onset:].double().mean()
             cells.append(f"{kl[onset:].mean():.4f}, {flips:.1%}, {right:.1%}")
+        paired = (curves["running"] - curves["dynamic"])[onset:]
         start = onset + 50 if drift == "burst" else onset
         back = recovered(curves["running"][start:], divergence(real[start:], outputs(running.module, stream[start:])))
+        cells += [f"{paired.mean():+.4f} ± {paired.std() / len(paired) ** 0.5:.4f}", f"{share:.0%}"]
         click.echo("| " + " | ".join([drift, *cells, "never" if back is None else str(back)]) + " |")
         if picture:
             Path(picture).write_text(plot(curves, f"{model}, {drift}: KL, mean of {WINDOW} examples"))
+        spent = {name: 1e3 * seconds(module, stream[-60:]) for name, module in zip(names, modules, strict=True)}
+    click.echo(f"\nms per sample of {drift}: " + ", ".join(f"{name} {median:.2f}" for name, median in spent.items()))
 
 
 if __name__ == "__main__":

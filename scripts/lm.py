@@ -2,6 +2,7 @@
 
     python scripts/lm.py stories            budgets in bits, solved and tuned end to end
     python scripts/lm.py solvers            what each solver alone makes of a format, plain and guided Hessians
+    python scripts/lm.py sizes              what is measured to choose a format within a size, beside the KLD that it stands for
     python scripts/lm.py minilm             all linear layers of all-MiniLM-L6-v2
     python scripts/lm.py resnet             ResNet-20 at 4, 3 and 2 bits: uniform, log, codebook, vector
 
@@ -27,6 +28,8 @@ from roundel.data import Batch
 from roundel.fisher import hessians
 from roundel.formats import QTensor
 from roundel.plan import Plan, Rule
+from roundel.quantize.networks import find_network
+from roundel.quantize.sizes import best, mean_squares
 from roundel.solvers import NEED_HESSIAN, SOLVERS, solved
 from roundel.tune.endtoend import RATES, Teaching, tune_model
 
@@ -156,6 +159,23 @@ def stories_(budgets: Sequence[float], steps: int, samples: int, batch: int, rat
         rates = {**RATES, "weights": rate or {2: 1e-2, 3: 5e-3, 4: 3e-3}[int(budget)]}
         q = tune_model(q, real, chunks(text, size=batch), held, Teaching(steps=steps, rates=rates, start="codes"))
         story_row(f"{name}, tuned", q, real, score, middle + drawn + time.process_time() - start, q.notes[-1].text)
+
+
+@cli.command("sizes")
+@click.option("--bits", "sizes", multiple=True, type=float, default=(4.25, 3.25), help="Only these.")
+def sizes_(sizes: Sequence[float]) -> None:
+    """Every format that is tried within a size on stories260K, rounded to nearest: is the least error the least KLD?"""
+    real, learn, _, score = stories()
+    network = find_network(real, None, [])
+    targets = [target for target in network.targets if not target.name.startswith(("model.embed_tokens", "lm_head"))]
+    with torch.no_grad():
+        weigh = mean_squares(network, learn)
+    head("size", "format", "bits", "error", "KLD")
+    for size in sizes:
+        for offer in best(targets, size, [], weigh):
+            q = rounded(real, str(offer.format))
+            cost = rd.evaluate(q, against=real, data=score, metric="perplexity", latency=False, layers=False)
+            row(size, f"`{offer.format}`", f"{offer.bits:.3f}", f"{offer.error:.4f}", f"{cost.kl:.4f}")
 
 
 @cli.command()

@@ -56,6 +56,28 @@ def test_another_run_is_refused_with_the_field(tmp_path: Path) -> None:
         assert log.has("a")
 
 
+@pytest.mark.proves("resume.refused")
+def test_a_journal_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it is removed, it leaves nothing that another run could take up."""
+    out = tmp_path / "out"
+
+    def killed(folder: Path, **_: object) -> None:
+        if folder.exists():
+            (folder / "_run.entry").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        with journal(out) as log:
+            log.bind({"plan": 1}, out)
+            log.write("a", {})
+    assert [path.name for path in tmp_path.iterdir()] == [f"out{SUFFIX}.done"]
+    with journal(out) as log:
+        log.bind({"plan": 2}, out)
+        assert not log.has("a")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.proves("resume.one-writer")
 def test_two_writers_never_both_win(tmp_path: Path) -> None:
     out = tmp_path / "out"

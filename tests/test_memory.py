@@ -35,11 +35,11 @@ def test_minilm_is_resident_below_the_float_model(tmp_path: Path) -> None:
 @linux
 @needs_data
 @pytest.mark.proves("ranges.memory")
-def test_histograms_cost_little_more_than_extremes() -> None:
+@pytest.mark.parametrize("kinds", [("minmax", "mse"), pytest.param(("minmax", "percentile", "kl"), marks=pytest.mark.soak)])
+def test_histograms_cost_little_more_than_extremes(kinds: tuple[str, ...]) -> None:
     """128 images make more than 100 MB of activations in ResNet-20; percentile, MSE and KL may keep 64 MB of it."""
     with ThreadPoolExecutor(2) as pool:
-        peaks = dict(zip(measure.RANGES, pool.map(lambda ranges: measure.calibration_peak(ranges, 128), measure.RANGES)))
-    assert set(peaks) == {"minmax", "percentile", "mse", "kl"}
+        peaks = dict(zip(kinds, pool.map(lambda ranges: measure.calibration_peak(ranges, 128), kinds)))
     for ranges, peak in peaks.items():
         assert peak <= peaks["minmax"] + 64 * 2**20, (ranges, peaks)
 

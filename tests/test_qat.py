@@ -217,13 +217,13 @@ def test_autocast_leaves_sums_of_codes_exact() -> None:
 
 @pytest.mark.proves("qat.compile")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_computes_and_trains_the_same(backend: str) -> None:
+def test_compiled_computes_and_trains_the_same() -> None:
+    """Through dynamo and autograd's own tracing, on one layer: each costs seconds, and the second step is traced anew."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 8)
+    model, x = nn.Sequential(nn.Linear(8, 2)), torch.randn(16, 8)
     y, module = torch.randn(16, 2), prepare(model, "int4", "int8", data=[x])
     twin = copy.deepcopy(module)
-    compiled = torch.compile(module, backend=backend)
+    compiled = torch.compile(module, backend="aot_eager")
     torch.testing.assert_close(train(compiled, x, y), train(twin, x, y), rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
     torch.testing.assert_close(convert(compiled).module(x), convert(twin).module(x))  # type: ignore[arg-type]
 

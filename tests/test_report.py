@@ -17,6 +17,7 @@ from torch import nn
 import roundel as rd
 from roundel.exporters.c.emit import emit
 from roundel.integer.dialect import INTEGER
+from roundel.network.running import POINTS, Course
 from roundel.report import Layer, Memory, Report, Row, memory, render, report, svg, text, write_report
 from roundel.report.memory import of_source
 
@@ -262,6 +263,62 @@ def test_a_page_of_many_blocks_fits_and_counts_what_it_leaves_out() -> None:
     drawn = figures(page)[-1].findall("rect")
     assert f"{3000 - len(drawn):,} smaller values not drawn" in " ".join(Page(page).words)
     assert drawn
+
+
+def course(wide: float, anew: float = 0.25) -> Course:
+    """A range of [-1, 3] that grows to ``wide`` times that, evenly, over 240 samples."""
+    steps = [1 + (wide - 1) * i / (POINTS - 1) for i in range(POINTS)]
+    return Course(tuple(-s for s in steps), tuple(3 * s for s in steps), (-1.0, 3.0), 240, anew, 0.0125, 7)
+
+
+@pytest.mark.proves("report.ranges")
+def test_a_page_draws_ranges_to_scale_and_tells_their_counts() -> None:
+    html = render(example(ranges={"input": course(4.0), "conv": course(0.25, 0.5), "still": course(1.0)}))
+    seen = " ".join(Page(html).words)
+    assert "The range of 3 sites over 240 samples" in seen
+    for cell in ("-1.00 to 3.00", "-4.00 to 12.0", "-0.250 to 0.750", "50.0 %", "25.0 %", "1.25 %", "7"):
+        assert cell.replace("-", "−") in [word.strip() for word in Page(html).words]
+    (figure,) = [f for f in figures(html) if "line low" in ET.tostring(f, "unicode")]
+    ends = {}
+    for path in figure.iter("path"):
+        if path.get("class", "").startswith("line"):
+            points = [tuple(map(float, pair.split())) for pair in path.get("d", "")[1:].split("L")]
+            ends[path.find("title").text] = points[-1][1] - points[0][1]  # type: ignore[union-attr]
+            assert len(points) == POINTS
+    assert ends["still"] == 0
+    assert ends["input"] < 0  # up, on a page
+    assert ends["conv"] == pytest.approx(-ends["input"], abs=0.2)  # as far down as four times is up
+    assert "Ranges that followed" not in " ".join(Page(render(example())).words)
+
+
+@pytest.mark.proves("report.ranges", "inputs.names")
+def test_a_page_of_many_hostile_ranges_fits_and_is_inert() -> None:
+    html = render(example(ranges={f"{HOSTILE}&{i}" * 20: course(1 + i / 10) for i in range(300)}))
+    assert len(html.encode()) < 100_000
+    assert not {"script", "img"} & {tag for tag, _ in Page(html).tags}
+    ET.fromstring(html)
+    words = " ".join(Page(html).words)
+    assert "The 10 ranges that moved furthest." in words
+    assert "of the 300 lines" in words
+
+
+@pytest.mark.proves("report.ranges")
+def test_a_page_of_a_model_that_runs_shows_where_its_ranges_went() -> None:
+    x = torch.randn(96, 16, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    q = rd.quantize(net, "int8", "int8:running", data=[x])
+    measured = rd.evaluate(q, against=net, data=[x[:32], x[32:] * 5], latency=False)
+    assert measured.ranges.keys() == {name for name, a in q.activations.items() if a.when == "running"}
+    for one in measured.ranges.values():
+        assert (one.samples, one.low[0], one.high[0]) == (96, *one.start)
+        assert max(one.high[:20]) < 2 * one.start[1]
+        assert one.high[-1] > 2.5 * one.start[1]
+    assert measured.ranges["input"].anew == 1.0
+    words = " ".join(Page(render(report(q, measured, title="t", name="m"))).words)
+    assert f"The range of {len(measured.ranges)} sites over 96 samples" in words
+    assert sum("its range moved" in note for note in measured.notes) == len(measured.ranges)
+    again = rd.evaluate(q, against=net, data=[x[:32], x[32:] * 5], latency=False)
+    assert again.ranges == measured.ranges
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,6 +20,7 @@ def static(name: str) -> rd.Evaluation:
     return rd.evaluate(q, against=model, data=case.score(), metric=case.metric, latency=False, layers=False)
 
 
+@pytest.mark.soak  # test_refine.py has a thousand of these images
 @pytest.mark.proves("result.resnet20")
 def test_resnet20_static_int8() -> None:
     """The mark was 0.0046 (status.md says what is missing); what is reached must not be lost."""

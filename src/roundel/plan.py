@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -127,12 +128,28 @@ class Choice:
             text, when = head, tail  # type: ignore[assignment]
         if kind == "weight" and when != "static":
             raise PlanError(f"weights are stored, so their format {text!r} takes no ':{tail}'")
+        if size_of(text) is not None:
+            raise PlanError(f"{text!r} is a size, which `quantize` finds a format of weights for; here a format is needed")
         format = Format.parse(text, kind)
         if kind == "activation" and isinstance(format.grid, Codebook):
             raise PlanError(
                 f"{text!r} learns its table from numbers that are stored; activations take intN, uintN, fpN, nf4 or logN"
             )
         return cls(format, when)
+
+
+def size_of(text: str | None) -> float | None:
+    """The number of bits per weight that a size such as "4.25 bits" asks for; None for a format, or ``"float"``.
+
+    >>> size_of("4.25 bits"), size_of("3bit"), size_of("int4/g32")
+    (4.25, 3.0, None)
+    """
+    if text is None or not re.search(r"bits?\s*$", text, re.IGNORECASE):
+        return None
+    found = re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,9})?)\s*bits?\s*", text, re.IGNORECASE | re.ASCII)
+    if found is None or not float(found[1]):
+        raise PlanError(f"a size is a number of bits per weight, such as '4.25 bits'; got {text[:60]!r}")
+    return float(found[1])
 
 
 def _matches(pattern: str, slot: Slot) -> bool:

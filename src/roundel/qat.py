@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from .quantize import quantize
 from .quantize.checks import seconds_of
 from .quantize.networks import GraphNetwork, ModuleNetwork, find_network
 from .tune.endtoend import Teaching, tune_model
+from .tune.prepare import Choices
 from .tune.prepare import prepare as prepare_quantized
-from .tune.tunable import Learn, Rounding
 
 __all__ = ["prepare", "tune"]
 
@@ -42,19 +42,14 @@ def prepare(
     exclude: Iterable[str] = (),
     ranges: str = "mse",
     preprocess: Preprocess | None = None,
-    learn: Learn = "step",
-    rounding: Rounding = "straight",
-    scales: bool = True,
-    tables: bool = True,
-    drop: float = 0.0,
-    momentum: float = 0.01,
     progress: Progress | None = None,
+    **choices: Unpack[Choices],
 ) -> nn.Module:
     """``model`` quantized as `quantize` does it (rounding to nearest), as an ordinary module in training mode that starts there.
 
-    ``weights``, ``activations``, ``data``, ``plan``, ``exclude``, ``ranges`` and ``preprocess`` are those of `quantize`; ``learn``,
-    ``rounding``, ``scales``, ``tables``, ``drop`` and ``momentum`` those of `roundel.tune.prepare`, which makes a `QModel` that is
-    there already trainable. Train it in any loop, then `convert` it. Raises what those two raise.
+    The arguments that have names are those of `quantize`, ``choices`` those of `roundel.tune.prepare`, which makes a `QModel` that
+    is there already trainable: learn, rounding, scales, tables, drop, norms, momentum. Train it in any loop, then `convert` it.
+    Raises what those two raise.
 
     >>> from roundel.tune import convert
     >>> net, x, y = nn.Sequential(nn.Linear(8, 4)), torch.randn(64, 8), torch.randn(64, 4)
@@ -77,8 +72,9 @@ def prepare(
     applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
     if applied is not None and applied != Preprocess():
         q = replace(q, provenance={**q.provenance, "preprocess": applied.to_dict()})
-    real = {target.name: target.weight for target in network.targets}
-    return prepare_quantized(q, real, learn=learn, rounding=rounding, scales=scales, tables=tables, drop=drop, momentum=momentum)
+    if choices.get("norms") == "live" and isinstance(network, GraphNetwork):
+        return prepare_quantized(q, GraphModule(network.captured), **choices)
+    return prepare_quantized(q, {target.name: target.weight for target in network.targets}, **choices)
 
 
 def tune(

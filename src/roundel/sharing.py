@@ -12,17 +12,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from .calibrate import evaluating, list_of_batches, one_thread
-from .data import Batch, batches
+from .data import batches
 from .errors import FormatError, PlanError
 from .formats.entropy import compress
 from .formats.format import MODEL, Format
 from .formats.grid import Codebook
 from .formats.qtensor import QTensor, to_matrix
-from .network.sweep import MATRIX, columns
-from .network.walk import member
-from .network.watch import watching
 from .plan import FLOAT, Plan, Rule
-from .quantize.networks import GraphNetwork, Network, Target, find_network
+from .quantize.networks import GraphNetwork, Target, find_network
+from .quantize.sizes import lost_share, mean_squares
 from .solvers import rtn
 
 #: Numbers of clusters that are tried.
@@ -59,7 +57,7 @@ def share_plan(
     items = None if data is None else list_of_batches(batches(data))
     with one_thread(), torch.no_grad(), evaluating(model):
         network = find_network(model, items, [])
-        weigh = _second_moments(network, items or []) | dict(importance or {})
+        weigh = mean_squares(network, items or []) | dict(importance or {})
         targets = [target for target in network.targets if target.weight.numel()]
         tried = {target.name: _tried(target, format, weigh.get(target.name), entropy) for target in targets}
     if not tried:
@@ -86,16 +84,14 @@ Tried = list[tuple[int, int, float]]
 
 def _tried(target: Target, format: str, weigh: Tensor | None, entropy: bool) -> Tried:
     w = to_matrix(target.weight, target.axis).float()
-    h = torch.ones_like(w) if weigh is None else weigh.float().expand(w.shape)
-    power = float((h * w.square()).double().sum())
+    h = None if weigh is None else weigh.float().expand(w.shape)
     out = []
     for k in CLUSTERS:
         try:
             q = rtn(target.weight, Format.parse(format.format(k=k)), h, target.axis)
         except FormatError:  # more clusters than the table's whole numbers, or a scale that fp16 cannot hold
             continue
-        lost = float((h * (q.matrix_values() - w).square()).double().sum())
-        out.append((k, _size(q, entropy), lost / power if power else 0.0))
+        out.append((k, _size(q, entropy), lost_share(w, q, h)))
     if not out:
         raise FormatError(f"{target.name}, shape {list(target.weight.shape)}: no number of clusters fits {format!r}")
     return out
@@ -129,31 +125,3 @@ def _knapsack(tried: Mapping[str, Tried], budget: float, count: int) -> dict[str
     rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / budget, -np.inf, 1)]
     found = milp(lost / max(lost.max(), 1e-30), integrality=np.ones(len(flat)), bounds=Bounds(0, 1), constraints=rules)
     return {c[0]: c[1] for c, taken in zip(flat, found.x, strict=True) if taken > 0.5}
-
-
-def _second_moments(network: Network, items: list[Batch]) -> dict[str, Tensor]:
-    """Name of a weight -> mean square of the input that each number of a row is multiplied by, (rows, columns)."""
-    readers: dict[str, list[tuple[str, str, Mapping[str, Any], torch.Size]]] = {}
-    if isinstance(network, GraphNetwork):
-        for name, node in network.found.items():
-            readers.setdefault(node.inputs[0], []).append((name, node.op, node.attrs, network.graph.constants[name].shape))
-    else:
-        for name, leaf in network.found.items():
-            readers.setdefault(member(name, "input"), []).append((member(name, "weight"), leaf.op, leaf.attrs, leaf.weight.shape))
-    total: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
-
-    def note(site: str, value: Tensor) -> None:
-        for name, op, attrs, shape in readers.get(site, ()):
-            if op in MATRIX:
-                x = columns(op, attrs, value.detach(), shape).double()
-                total[name] = total.get(name, 0.0) + x.square().sum(1)
-                seen[name] = seen.get(name, 0) + x.shape[1]
-                rows[name] = shape[0]
-
-    rows: dict[str, int] = {}
-    with watching(network.module, note):
-        for batch in items:
-            network.module(*batch.args, **batch.named)
-    means = {name: (moment / seen[name]).float() for name, moment in total.items() if bool((moment > 0).any())}
-    return {name: mean.repeat_interleave(rows[name] // len(mean), 0) for name, mean in means.items()}

@@ -75,7 +75,7 @@ def calibrate_command(
 
 @click.command("quantize")
 @options.model
-@click.option("--weights", metavar="F", help="Format of the weights, such as int8, int4/g32, nf4/g32, cb16/channel.")
+@click.option("--weights", metavar="F", help="Format of the weights, such as int4/g32 or cb16/channel, or a size: '4.25 bits'.")
 @click.option("--activations", metavar="F", help="Format of the activations: int8 (static), int8:dynamic, int8/token:dynamic.")
 @options.data(required=False)
 @options.preprocess
@@ -119,9 +119,11 @@ def quantize_command(
         )
     chosen = weights is None and plan is None
     weights = "int8" if chosen else weights
-    options.check_format(weights, "weight")
+    from ..plan import Plan, size_of
+
+    if size_of(weights) is None:
+        options.check_format(weights, "weight")
     options.check_format(activations, "activation")
-    from ..plan import Plan
     from ..quantize import quantize
 
     rules = Plan.read(plan) if plan is not None else None

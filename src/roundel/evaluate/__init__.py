@@ -16,7 +16,7 @@ from torch import nn
 from ..calibrate import run
 from ..data import Batch, batches
 from ..errors import InputError, PlanError
-from ..network.running import reset, trackers
+from ..network.running import Course, reset, trackers
 from ..network.walk import state
 from ..qmodel import QModel
 from .artifacts import Difference, diff
@@ -54,6 +54,7 @@ class Evaluation:
     * ``latency``, ``latency_float``: `Latency`.
     * ``peak_memory``: highest resident set of this process, the float model's part included, during a quantized forward of the
       first batch, in bytes (Linux only).
+    * ``ranges``: what the running ranges did, site by site.
     * ``samples``: rows scored; ``notes``: what a reader of the figures should know.
 
     >>> measured = Evaluation(kl=0.002, sqnr=float("inf"), layers={"fc": 31.5}, samples=100)
@@ -79,6 +80,7 @@ class Evaluation:
     latency: Latency | None = None
     latency_float: Latency | None = None
     peak_memory: int | None = None
+    ranges: Mapping[str, Course] = field(default_factory=dict)
     samples: int = 0
     notes: tuple[str, ...] = ()
 
@@ -130,6 +132,8 @@ def evaluate(
                 sites = Sites.between(q, against, batch) if layers else None
                 peak = _peak_memory(lambda batch=batch: run(now, batch))  # type: ignore[misc]
                 reset(now)
+                for part in trackers(now).values():
+                    part.trace = []
             real, quantized = sites.run(before, now, batch) if sites else (run(before, batch), run(now, batch))
             if scores is None:
                 scores = Scores.like(batch, real, metric)
@@ -138,6 +142,7 @@ def evaluate(
         if scores is None or sample is None:
             raise InputError("the data holds no batches; give at least one")
         moved = tuple(f"{name}: {told}" for name, part in trackers(now).items() if (told := part.told()) is not None)
+        ranges = {name: part.course() for name, part in trackers(now).items()}
         times = _latency(before, now, sample) if latency else (None, None)
     noted = (*inputs.notes(), *scores.notes(), *(sites.notes() if sites else ()), *moved)
     path = getattr(q, "path", None)
@@ -151,6 +156,7 @@ def evaluate(
         latency_float=times[0],
         latency=times[1],
         peak_memory=peak,
+        ranges=ranges,
         notes=noted,
     )
 
@@ -189,6 +195,7 @@ def _resting(*modules: nn.Module) -> Iterator[None]:
             part.training = training
         for tracker, held in ranges:
             tracker.load_state_dict(held)
+            tracker.trace = None
 
 
 def _first(batch: Batch) -> Batch:

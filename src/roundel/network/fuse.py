@@ -38,6 +38,53 @@ def fuse(graph: Graph) -> Graph:
     return with_values(graph) if all(name in graph.values for name in graph.inputs) else graph
 
 
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """What `fuse` folds into a layer, as it was before: the layer's weight and bias, the norm's running ``mean`` and ``var``, its
+    ``gain`` and ``shift``. ``folded`` is the name of the bias that all of it goes into."""
+
+    folded: str
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    gain: Tensor | None
+    shift: Tensor | None
+    eps: float
+
+
+def batch_norms(graph: Graph) -> dict[str, BatchNorm]:
+    """The name that `fuse` gives to a layer's weight -> the batch norm that it folds into it. Norms of which more than their own
+    layer's weight depends, or whose layer takes another factor too, are left out.
+
+    >>> import torch
+    >>> from roundel import capture
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    >>> [(name, norm.folded) for name, norm in batch_norms(capture(net, torch.randn(1, 3, 8, 8))).items()]
+    [('0.weight', '0.bias')]
+    """
+    fused = fuse(graph).constants
+    graph = batch_first(graph)
+    for matchers in (_CLEAN, _PATTERNS + _CLEAN, (_affine_but_norms,)):
+        while (smaller := _sweep(graph, matchers)) is not graph:
+            graph = smaller
+    view, found = View(graph), dict[str, BatchNorm]()
+    for node in graph:
+        swap = _affine(view, node) if node.op == "batch_norm" else None
+        if swap is None or _between(view, node, swap) is None:
+            continue
+        if any(name not in fused or not torch.equal(fused[name], tensor) for name, tensor in swap.constants.items()):
+            continue
+        (_, weight, bias), layer = swap.nodes[0].inputs, view.maker[node.inputs[0]].inputs
+        own = [view.constant(name) for name in (*layer[1:], "")[:2]]
+        mean, var, gain, shift = (view.constant(name) for name in (*node.inputs[1:], "", "")[:4])
+        assert own[0] is not None
+        assert mean is not None
+        assert var is not None
+        found[weight] = BatchNorm(bias, own[0], own[1], mean, var, gain, shift, node.attrs["eps"])
+    return found
+
+
 # -- replacing --------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +406,10 @@ def _affine(view: View, root: Node) -> Swap | None:
         if change is not None:
             return _folded(view, root, layer, *change)
     return None
+
+
+def _affine_but_norms(view: View, root: Node) -> Swap | None:
+    return None if root.op == "batch_norm" else _affine(view, root)
 
 
 def _per_channel(view: View, root: Node, other: str, layer: Node, channels: int) -> tuple[Tensor, Tensor] | None:

@@ -26,6 +26,9 @@ from ..plan import When
 if TYPE_CHECKING:
     from .running import Tracker
 
+#: In the place of a bias: what makes a layer's outputs of its sums over all of a batch, a norm under training.
+Shift = Callable[[Tensor], Tensor]
+
 #: Operations with a weight as their second operand that can compute on codes.
 WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
 
@@ -263,8 +266,11 @@ def reach(level: Tensor, axis: int) -> float:
     return float(level.abs().sum(1, dtype=torch.float64).amax()) if bool((level == level.round()).all()) else float("inf")
 
 
-def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias: Tensor | None, site: Site | None) -> Tensor:
+def weighted(
+    op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias: Tensor | Shift | None, site: Site | None
+) -> Tensor:
     """One weighted operation, on codes where its input is quantized, on dequantized weights where it is not."""
+    plain = bias if isinstance(bias, Tensor) else None
     if op == "embedding":
         return weight.rows(x).to(weight.dtype)
     if op != "linear" and x.ndim < len(weight.shape):  # one example without a batch axis
@@ -272,7 +278,7 @@ def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias:
     act = attrs.get("act")
     attrs = {k: v for k, v in attrs.items() if k != "act"}
     if site is None:
-        out = OPS[op](x, weight.values().to(x.dtype), bias, **attrs)
+        out = OPS[op](x, weight.values().to(x.dtype), plain, **attrs)
     else:
         code, x_scale = site.codes(x) if op == "linear" else _codes_by_sample(site, x)
         axis = 1 if op == "conv_transpose" else 0
@@ -291,10 +297,12 @@ def weighted(op: str, attrs: Mapping[str, Any], x: Tensor, weight: Weight, bias:
         if x_scale is not None:
             factor = factor * x_scale.to(dtype)
         out = out * factor
-        if bias is not None:
+        if plain is not None:
             spread[channels] = -1
-            out = out + bias.to(dtype).reshape(spread)
+            out = out + plain.to(dtype).reshape(spread)
         out = out.to(x.dtype)
+    if bias is not None and not isinstance(bias, Tensor):
+        out = bias(out)
     return ACTS[act](out) if act else out
 
 

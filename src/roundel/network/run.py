@@ -44,6 +44,7 @@ class QGraphModule(Interpreter):
         self.rest = nn.ParameterDict(
             {_key(name): nn.Parameter(t.detach(), requires_grad=t.is_floating_point()) for name, t in rest.items()}
         )
+        self.norms = nn.ModuleDict()
         for node in graph.nodes:
             spec = graph.values.get(node.name)
             if node.op == "embedding" and spec is not None and _key(node.inputs[1]) in self.weights:
@@ -56,6 +57,11 @@ class QGraphModule(Interpreter):
         """Take another weight under ``name``."""
         self.weights[_key(name)] = weight  # type: ignore[assignment]
 
+    def norm(self, bias: str, live: nn.Module) -> None:
+        """Take a batch norm under training in the place of a bias: ``live.operand()`` is the bias, or makes outputs of sums."""
+        del self.rest[_key(bias)]
+        self.norms[_key(bias)] = live
+
     def packed(self) -> dict[str, Any]:
         """The weights by name."""
         return {name.replace("\x1f", "."): weight for name, weight in self.weights.items()}
@@ -64,12 +70,14 @@ class QGraphModule(Interpreter):
         """Give a constant that is not packed another value, in runs that have begun too."""
         self.rest[_key(name)].data.copy_(value)
 
-    def floats(self) -> dict[str, nn.Parameter]:
+    def floats(self) -> dict[str, Tensor]:
         """What is not packed, by name."""
-        return {name.replace("\x1f", "."): value for name, value in self.rest.items()}
+        found = dict(self.rest.items()) | {name: norm.bias() for name, norm in self.norms.items()}  # type: ignore[operator]
+        return {name.replace("\x1f", "."): value for name, value in found.items()}
 
     def constants(self) -> dict[str, Any]:
         found = {name: self.rest[_key(name)] for name in self.structure.constants if _key(name) in self.rest}
+        found |= {name.replace("\x1f", "."): norm.operand() for name, norm in self.norms.items()}  # type: ignore[operator]
         return {name: self.settled(name, value) if name in self._root else value for name, value in found.items()}
 
     def settled(self, name: str, value: Any) -> Any:

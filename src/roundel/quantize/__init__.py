@@ -22,10 +22,11 @@ from ..plan import FLOAT, Choice, Plan
 from ..qmodel import Note, QModel
 from ..ranges import static_activation
 from ..solvers import NEED_HESSIAN
-from .checks import check_float, check_numbers, check_weights, refuse, seconds_of
-from .ladder import Effort, climb, listed
+from .checks import check_float, check_numbers, check_weights, refuse, refuse_streamed, seconds_of
+from .ladder import Effort, climb, learning, listed
 from .networks import Network, find_network
 from .running import followed
+from .sizes import fitted, overdrawn
 from .steps import EFFORTS
 from .weights import round_weights
 
@@ -56,17 +57,19 @@ def quantize(
 ) -> QModel:
     """Quantize ``model`` after training.
 
-    ``weights`` is a format text. ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one
-    with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``,
-    or with ``:running`` (static ones that then follow what passes, see docs/adaptive.md).
-    ``effort`` is fast (round to nearest, seconds), default (equalization, GPTQ; minutes) or best (then each block is trained
-    towards the float block's outputs, for as long as ``budget`` says, such as "5min"); all correct the biases of a graph. Such a
-    step is kept only if it brings the model nearer to the float one on every fourth example of ``data``, which it did not learn
-    from; the notes say what was measured. ``loss`` ends the climb as soon as the divergence on those is no more. ``solver`` names
-    what chooses the weights' codes outright; with ``guided`` its Hessians count each place by how much the loss depends on it,
-    where a backward pass fits in memory. ``ranges`` is minmax, average, percentile[:P], mse or kl. ``exclude`` names layers to
-    leave float, as shell wildcards; ``plan`` gives rules per layer in place of both formats. ``seed`` is where whatever is drawn at
-    random starts.
+    ``weights`` is a format text, or a size such as "4.25 bits" (all bytes of the quantized weights * 8 / their number), within
+    which the format is taken that loses least of them, as the notes tell. ``activations`` is None (computed in float), a format
+    text (static: ranges from ``data``), or one with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as
+    ``int8:dynamic`` and ``int8/token:dynamic``, or with ``:running`` (static ones that then follow what passes, see
+    docs/adaptive.md).
+    ``effort`` is fast (round to nearest, seconds), default (equalization, 16 bits where parts of very different size are joined,
+    GPTQ; minutes) or best (then each block is trained towards the float block's outputs, for as long as ``budget`` says, such as
+    "5min"); all correct the biases of a graph. Such a step is kept only if it brings the model nearer to the float one on every
+    fourth example of ``data``, which it did not learn from; the notes say what was measured. ``loss`` ends the climb as soon as the
+    divergence on those is no more. ``solver`` names what chooses the weights' codes outright; with ``guided`` its Hessians count
+    each place by how much the loss depends on it, where a backward pass fits in memory. ``ranges`` is minmax, average,
+    percentile[:P], mse or kl. ``exclude`` names layers to leave float, as shell wildcards; ``plan`` gives rules per layer in place
+    of both formats. ``seed`` is where whatever is drawn at random starts.
     Labels in ``data`` are used to check that the float model works at all.
 
     ``model`` is a module, or what `roundel.read` takes. The Hugging Face folder of a language model is never held in memory where
@@ -91,6 +94,8 @@ def quantize(
     refuse(model if path is None else nn.Module(), solver, effort, data is not None)
     if guided and solver not in NEED_HESSIAN:
         raise PlanError(f"guided=True is about the Hessians of a solver: name one, {' or '.join(sorted(NEED_HESSIAN))}")
+    if path is not None:
+        refuse_streamed(effort, solver, budget, loss, guided)
     seconds = seconds_of(budget, effort)
     if loss is not None and not (isinstance(loss, int | float) and loss > 0):
         raise PlanError(f"loss={loss!r}: the divergence to stop at is a number above 0")
@@ -99,12 +104,6 @@ def quantize(
     applied = preprocess or (data.preprocess if isinstance(data, Data) else None)
     provenance = _provenance(effort, solver, ranges, seed, items, applied) | ({"guided": True} if guided else {})
     if path is not None and output is not None:
-        if effort != "fast" and solver is None:
-            raise PlanError(f"effort={effort!r} compares models, which needs them in memory: name a solver, such as solver='gptq'")
-        if guided:
-            raise PlanError("guided Hessians take a backward pass of the whole model: leave output= or guided= away")
-        if effort == "best" or loss is not None:
-            raise PlanError("effort='best' and loss= measure whole models, which needs them in memory: leave output= away")
         from .folder import quantize_folder
 
         return quantize_folder(path, plan, items, provenance, output=output, memory=memory, solver=solver, executor=executor,
@@ -115,8 +114,8 @@ def quantize(
     with one_thread(), torch.no_grad(), evaluating(model):
         check_numbers(model)
         network = find_network(model, items, notes)
-        plan = network.widened(plan, notes)
-        table = network.resolve(plan)
+        asked, plan = plan, fitted(plan, network, notes, learning(items or [], network.whole))
+        table = network.resolve(network.widened(plan, []))
         if not network.targets and any(rule.weight not in (None, FLOAT) for rule in plan.rules):
             raise PlanError("the model has no layer to quantize: no linear, convolution or embedding layer with real weights")
         if any(c and c.when != "dynamic" for name, c in table.items() if name in network.sites) and items is None:
@@ -135,10 +134,11 @@ def quantize(
         def near(network: Network) -> QModel:
             """Ranges from the data, weights rounded to nearest: the ladder's foot, also of a network that was transformed."""
             told: list[Note] = []
-            table = network.resolve(plan)
+            wide = network.widened(plan, told)
+            table = network.resolve(wide)
             chosen = _activations(network, table, items or [], ranges, progress, told)
             tensors = round_weights(network, table, progress, told, solver)
-            return network.finish(tensors, chosen, plan, provenance, tuple(told))
+            return network.finish(tensors, chosen, wide, provenance, tuple(told))
 
     with one_thread(), evaluating(model):
         if items is not None:
@@ -151,6 +151,7 @@ def quantize(
                 told = f"the loss of {loss:g} that was asked for was not measured: there is no data"
                 notes.append(Note("model", told, fallback=True))
         q = followed(q, table, network.known(), items or [])
+    notes += overdrawn(asked, plan, network, q.tensors)
     q = replace(q, notes=q.notes + tuple(notes))
     if strict:
         _strict(q.notes)

@@ -48,6 +48,19 @@ def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
             )
 
 
+def refuse_streamed(effort: str, solver: str | None, budget: object, loss: object, guided: bool) -> None:
+    """What a folder that is quantized block by block into a file cannot have: whatever looks at the whole model."""
+    wanted = {"budget=": budget is not None, "loss=": loss is not None, f"effort={effort!r}": effort == "best" or
+              (effort != "fast" and solver is None)}  # fmt: skip
+    if asked := [name for name, given in wanted.items() if given]:
+        raise PlanError(
+            f"{' and '.join(asked)} compares models, which needs them in memory, and a folder with output= is quantized block by "
+            "block, each once: name a solver instead, solver='gptq' or the slower 'descent' or 'alternate'; or leave output= away"
+        )
+    if guided:
+        raise PlanError("guided Hessians take a backward pass of the whole model: leave output= or guided= away")
+
+
 def seconds_of(budget: str | float | None, effort: str) -> float | None:
     """Seconds of a budget text such as 90s, 5min or 1.5h, or of a number of seconds.
 

@@ -7,14 +7,14 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibrate import Progress, evaluating, one_thread
 from ..data import Batch
@@ -50,9 +50,10 @@ from ..solvers import NEED_HESSIAN, SOLVERS, solved
 from .checks import check_finite, check_weights
 from .journal import Journal, journal
 from .ladder import learning, unsolved
-from .memory import ROUNDING, SLACK, SOLVING, Need, bytes_of, held, trim
+from .memory import ROUNDING, SLACK, SOLVING, Need, bytes_of, held, settled, trim
 from .networks import ModuleNetwork, Target, accounts
 from .pieces import by_rows, rows_at_once
+from .sizes import fitted, overdrawn
 from .weights import round_weight
 
 #: The entries of the journal for what is outside the blocks: rounded, and later solved.
@@ -83,15 +84,16 @@ def quantize_folder(
     way, goes on where it was and ends in the same bytes: those that quantizing the model in memory gives.
     """
     cap = math.inf if memory is None else bytes_of(memory)
-    run = _Run(open_folder(path), plan, items or [], solver, executor or Here(), progress)
-    with one_thread(), torch.no_grad(), evaluating(run.folder.module):
+    folder = open_folder(path)
+    with one_thread(), torch.no_grad(), settled(), evaluating(folder.module):
+        run = _Run(folder, plan, items or [], solver, executor or Here(), progress)
         run.refuse(items is not None)
         need = run.need()
         need.check(cap, run.instead())
         with journal(output) as log:
             log.bind({
                 "model": {"config": _digest(msgspec.json.encode(run.config, order="sorted")), "weights": run.read_through(log)},
-                "plan": msgspec.json.decode(plan.to_json()),
+                "plan": msgspec.json.decode(run.plan.to_json()),
                 "data": _digest(*(_batch_bytes(batch) for batch in run.learn)),
                 "run": dict(provenance),
             }, output)  # fmt: skip
@@ -99,7 +101,7 @@ def quantize_folder(
             strict = strict or _anything
             strict(run.notes)
             run.quantize(log, cap - need.total, strict)
-            q = run.result(log, plan, provenance)
+            q = run.result(log, provenance)
             strict(q.notes)
             q.save(output, numbers=run.numbers(log))
     return load(output, mapped=True)
@@ -121,9 +123,10 @@ class _Run:
         self.solver = self.named if self.named in NEED_HESSIAN else None
         self.config = hf_config(self.folder.module)
         self.network = ModuleNetwork(self.folder.module, self.notes)
+        self.state = {name: t for name, t in state(self.folder.module).items() if name not in self.network.tied}
+        self.asked, self.plan = self.plan, fitted(self.plan, self.network, self.notes, read=self._read_target)
         self.table = self.network.resolve(self.plan)
         self.blocks = find_blocks(self.folder.module)
-        self.state = {name: t for name, t in state(self.folder.module).items() if name not in self.network.tied}
         self.targets = {t.name: t for t in self.network.targets if self.table.get(t.name) is not None and t.weight.numel()}
         self.learn = learning(self.items, False) if self.solver else []
 
@@ -144,7 +147,7 @@ class _Run:
 
     def need(self) -> Need:
         """The most that this process will hold."""
-        outer = {name for name in self.state if self._block(name) is None}
+        outer = self.inside(None)
         packed = sum(self._packed(name) for name in outer)
         always: list[tuple[str, float]] = [
             ("Python, torch, the data and the skeleton", held()),
@@ -157,7 +160,7 @@ class _Run:
         ]
         if self.solver:
             for block in self.blocks:
-                inside = [name for name in self.state if self._block(name) == block]
+                inside = self.inside(block)
                 here = sum(self._bytes(name) + self._packed(name) for name in inside)
                 tops = [self._solving(name) for name in inside if name in self.targets]
                 stages.append((f"solving {block or 'the model, which has no list of blocks'}", here + max(tops, default=0.0)))
@@ -224,6 +227,10 @@ class _Run:
     def _block(self, name: str) -> str | None:
         return next((block for block in self.blocks if within(name, block)), None)
 
+    def inside(self, block: str | None) -> list[str]:
+        """The tensors of a block; of None those that are in no block."""
+        return [name for name in self.state if self._block(name) == block]
+
     # -- the work --
 
     def read_through(self, log: Journal) -> str:
@@ -239,7 +246,7 @@ class _Run:
                 whole.update(piece)
                 if one.dtype.is_floating_point:
                     check_finite(key, torch.frombuffer(bytearray(piece), dtype=one.dtype))
-            self._tell("read", i + 1, len(self.folder.stored))
+            self.tell("read", i + 1, len(self.folder.stored))
         if not log.has("_weights"):
             log.write("_weights", {}, {"files": now, "digest": whole.hexdigest()})
         return whole.hexdigest()
@@ -247,31 +254,31 @@ class _Run:
     def quantize(self, log: Journal, spare: float, strict: Strict) -> None:
         """Every entry of the journal that is not there yet."""
         if not log.has(OUTSIDE):
-            names = [name for name in self.state if self._block(name) is None]
-            rounded, notes = self._rounded(names, self._read_one)
-            self._write(log, OUTSIDE, rounded, self.folder.read(name for name in names if name not in rounded), notes, {})
-        strict(self._told(log))
+            names = self.inside(None)
+            rounded, notes = self.rounded(names, self.read)
+            self.write(log, OUTSIDE, rounded, self.folder.read(name for name in names if name not in rounded), notes, {})
+        strict(self.told(log))
         if self.solver is None:
             for i, block in enumerate(self.blocks):
-                if not log.has(self._entry(block)):
+                if not log.has(self.entry(block)):
                     self._round_block(log, block)
-                self._tell("quantize", i + 1, len(self.blocks))
+                self.tell("quantize", i + 1, len(self.blocks))
             return
         self._sweep(log, spare, strict)
         for block in self.blocks:  # such as the vision blocks of a model that was shown text
-            if not log.has(self._entry(block)):
+            if not log.has(self.entry(block)):
                 self._round_block(log, block)
 
     def _round_block(self, log: Journal, block: str) -> None:
-        names = [name for name in self.state if self._block(name) == block]
-        rounded, notes = self._rounded(names, self._read_one)
+        names = self.inside(block)
+        rounded, notes = self.rounded(names, self.read)
         rest = self.folder.read(name for name in names if name not in rounded)
-        self._write(log, self._entry(block), rounded, rest, notes, {})
+        self.write(log, self.entry(block), rounded, rest, notes, {})
 
-    def _rounded(self, names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[dict[str, QTensor], list[Note]]:
+    def rounded(self, names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[dict[str, QTensor], list[Note]]:
         """The weights among ``names`` rounded to nearest."""
         chosen = [name for name in names if name in self.targets]
-        work = ((self.named, self._target(name, read(name)), self._format(name)) for name in chosen)
+        work = ((self.named, self._shown(self.targets[name], read(name)), self._format(name)) for name in chosen)
         rounded: dict[str, QTensor] = {}
         notes: list[Note] = []
         for tensors, said in self.executor.map(_round, work):
@@ -280,101 +287,54 @@ class _Run:
             trim()
         return rounded, notes
 
-    def _read_one(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         return self.folder.read([name])[name]
 
-    def _target(self, name: str, value: Tensor) -> Target:
-        """A weight as its layer shows it: transformers' Conv1D stores the transpose."""
-        old = self.targets[name]
-        return Target(name, value.t() if self._turned(name) else value, old.axis)
+    def _read_target(self, target: Target) -> Target:
+        return self._shown(target, self.read(target.name))
 
-    def _turned(self, name: str) -> bool:
-        return self.network.found[_layer(name)].weight.stride() != self.state[name].stride()
+    def _shown(self, target: Target, value: Tensor) -> Target:
+        """A weight as its layer shows it: transformers' Conv1D stores the transpose."""
+        turned = self.network.found[_layer(target.name)].weight.stride() != self.state[target.name].stride()
+        return replace(target, weight=value.t() if turned else value)
 
     def _sweep(self, log: Journal, spare: float, strict: Strict) -> None:
         """Solve block after block, going on at the first call that is not in the journal."""
-        outer = {name: lift(log, OUTSIDE, name) for name in self.targets if self._block(name) is None}
+        outside = {name: lift(log, OUTSIDE, name) for name in self.inside(None) if name in self.targets}
         module = share(self.folder.module)
         self.folder.put(module, {n: one.read() for n, one in log.tensors(OUTSIDE).items() if n in self.state})
-        module = install(module, outer, self.network.tied, {})
+        module = install(module, outside, self.network.tied, {})
         shelf = _Shelf(log)
-        history = shelf.resume()
+        walk = Walk(module, self.blocks, units(self.learn), shelf, shelf.resume())
+        sweep = _Sweep(self, log, module, shelf, outside, strict)
         found = {name: one for name, one in self.network.found.items() if member(name, "weight") in self.targets}
-        rounded: dict[str, QTensor] = {}
-        notes: list[Note] = []
-        told: dict[str, str] = {}
+        done = [block for block in self.blocks if log.has(self.entry(block))]
+        sweep_blocks(walk, found, sweep.solve, sweep.solve_outside, solved=done, enter=sweep.enter, leave=sweep.leave, limit=spare)
+
+    def solved(self, moments: Mapping[str, Tensor], near: Mapping[str, QTensor],
+               read: Callable[[str], Tensor]) -> Iterator[tuple[str, QTensor, str]]:  # fmt: skip
+        """(name, tensor, account) of each layer of ``moments``, rounded to ``near`` before; ``read`` gives its numbers."""
         assert self.solver is not None
-        solve = SOLVERS[self.solver]
-        current: dict[str, Tensor] = {}
-
-        def enter(at: int, block: str) -> None:
-            names = [name for name in self.state if self._block(name) == block]
-            current.clear()
-            current.update(self.folder.read(names))
-            self.folder.put(module, current)
-            told.clear()
-            if log.has(self._entry(block)):
-                for name in names:
-                    if name in self.targets:
-                        put(module, _layer(name), lift(log, self._entry(block), name).dequantize())
-                return
-            new, said = self._rounded(names, current.__getitem__)
-            rounded.clear()
-            rounded.update(new)
-            notes[:] = said
-
-        def solve_layers(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            names = [member(layer, "weight") for layer in moments]
-            work = ((solve, self._target(name, current[name]), rounded[name], moments[_layer(name)]) for name in names)
-            for name, (tensor, account) in zip(names, self.executor.map(_solve, work), strict=True):
-                rounded[name] = tensor
-                told[name] = account
-                del current[name]  # its packed form is what counts from here on
-            return {_layer(name): rounded[name].dequantize() for name in names}
-
-        def leave(at: int, block: str) -> None:
-            entry = self._entry(block)
-            if not log.has(entry):
-                rest = {name: value for name, value in current.items() if name not in rounded}
-                self._write(log, entry, rounded, rest, notes, told)
-                strict(self._told(log))
-            shelf.close(at, block)
-            self.folder.put(module, {name: t for name, t in self.state.items() if self._block(name) == block})
-            self._tell("solve", at + 1, max(at + 1, len(self.blocks)))
-
-        def solve_tail(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            if not log.has(TAIL):
-                names = [member(layer, "weight") for layer in moments]
-                rounded.clear()
-                told.clear()
-                for name in names:
-                    rounded[name] = outer[name]
-                    current.clear()
-                    current[name] = self._read_one(name)
-                    solve_layers({_layer(name): moments[_layer(name)]})
-                self._write(log, TAIL, rounded, {}, [], told)
-            return {}
-
-        walk = Walk(module, self.blocks, units(self.learn), shelf, history)
-        done = [block for block in self.blocks if log.has(self._entry(block))]
-        sweep_blocks(walk, found, solve_layers, solve_tail, solved=done, enter=enter, leave=leave, limit=spare)
+        solve, names = SOLVERS[self.solver], [member(layer, "weight") for layer in moments]
+        work = ((solve, self._shown(self.targets[name], read(name)), near[name], moments[_layer(name)]) for name in names)
+        return ((name, *done) for name, done in zip(names, self.executor.map(_solve, work), strict=True))
 
     # -- the journal --
 
-    def _entry(self, block: str) -> str:
+    def entry(self, block: str) -> str:
         return f"block-{self.blocks.index(block):05}"
 
     def _entries(self, log: Journal) -> list[str]:
-        return [entry for entry in [OUTSIDE, *map(self._entry, self.blocks), TAIL] if log.has(entry)]
+        return [entry for entry in [OUTSIDE, *map(self.entry, self.blocks), TAIL] if log.has(entry)]
 
-    def _write(self, log: Journal, entry: str, tensors: Mapping[str, QTensor], rest: Mapping[str, Tensor], notes: list[Note],
+    def write(self, log: Journal, entry: str, tensors: Mapping[str, QTensor], rest: Mapping[str, Tensor], notes: list[Note],
                told: Mapping[str, str]) -> None:  # fmt: skip
         flat = {key: t for name, tensor in tensors.items() for key, t in flat_tensors(name, tensor).items()}
         trim()
         described = {name: [str(t.format), t.shape, t.axis] for name, t in tensors.items()}
         log.write(entry, {**flat, **rest}, {"tensors": described, "notes": notes, "solved": dict(told)})
 
-    def _told(self, log: Journal) -> list[Note]:
+    def told(self, log: Journal) -> list[Note]:
         """All notes so far, in the order of the tensors."""
         facts = [log.facts(entry) for entry in self._entries(log)]
         said = [msgspec.convert(note, Note) for one in facts for note in one["notes"]]
@@ -393,23 +353,80 @@ class _Run:
         left = [name for name in self.targets if name in made - told.keys() and (done or self._block(name) is not None)]
         return notes + unsolved(left, self.network.ops, self.solver)
 
-    def result(self, log: Journal, plan: Plan, provenance: Mapping[str, Any]) -> QModel:
+    def result(self, log: Journal, provenance: Mapping[str, Any]) -> QModel:
         """The model, its numbers on the meta device."""
         facts = {name: one for entry in self._entries(log) for name, one in log.facts(entry)["tensors"].items()}
         shapes = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in self.numbers(log).items()}
         tensors = {name: lift_tensor(name, fmt, tuple(shape), axis, shapes) for name, (fmt, shape, axis) in facts.items()}
         sites = {n: c for n, c in self.table.items() if n in self.network.sites and c is not None}
         dynamic = {name: Activation(choice.format, "dynamic") for name, choice in sites.items()}
-        notes = tuple(self._told(log))
-        return QModel(HF(self.config or {}), tensors, dynamic, plan, shapes, dict(provenance), notes, self.network.tied)
+        notes = (*self.told(log), *overdrawn(self.asked, self.plan, self.network, tensors))
+        return QModel(HF(self.config or {}), tensors, dynamic, self.plan, shapes, dict(provenance), notes, self.network.tied)
 
     def numbers(self, log: Journal) -> dict[str, Slice]:
         """Where the numbers of the result lie, by the names of the file; what was solved last stands for what was rounded."""
         return {name: one for entry in self._entries(log) for name, one in log.tensors(entry).items()}
 
-    def _tell(self, stage: str, done: int, total: int) -> None:
+    def tell(self, stage: str, done: int, total: int) -> None:
         if self.progress:
             self.progress(stage, done, total)
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """What `sweep_blocks` is told to do at each block. Of the block at hand ``values`` are what is float in memory, ``packed`` its
+    weights, rounded and then solved, ``notes`` and ``told`` what there is to say of them."""
+
+    run: _Run
+    log: Journal
+    module: nn.Module
+    shelf: _Shelf
+    outside: Mapping[str, QTensor]
+    strict: Strict
+    values: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, QTensor] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    told: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, at: int, block: str) -> None:
+        """Bring a block into memory: as it was solved, or float and rounded to nearest."""
+        names = self.run.inside(block)
+        self.values.clear()  # before others come
+        self.values, self.told = self.run.folder.read(names), {}
+        self.run.folder.put(self.module, self.values)
+        if self.log.has(entry := self.run.entry(block)):
+            for name in names:
+                if name in self.run.targets:
+                    put(self.module, _layer(name), lift(self.log, entry, name).dequantize())
+        else:
+            self.packed, self.notes = self.run.rounded(names, self.values.__getitem__)
+
+    def solve(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layers of the block at hand; their packed form is all that stays of them."""
+        new = {}
+        for name, tensor, account in self.run.solved(moments, self.packed, self.values.__getitem__):
+            self.packed[name], self.told[name] = tensor, account
+            del self.values[name]
+            new[_layer(name)] = tensor
+        return {layer: tensor.dequantize() for layer, tensor in new.items()}
+
+    def leave(self, at: int, block: str) -> None:
+        """Write a block, and leave it out of memory."""
+        if not self.log.has(entry := self.run.entry(block)):
+            rest = {name: value for name, value in self.values.items() if name not in self.packed}
+            self.run.write(self.log, entry, self.packed, rest, self.notes, self.told)
+            self.strict(self.run.told(self.log))
+        self.shelf.close(at, block)
+        self.run.folder.put(self.module, {name: self.run.state[name] for name in self.run.inside(block)})
+        self.run.tell("solve", at + 1, max(at + 1, len(self.run.blocks)))
+
+    def solve_outside(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layers outside of all blocks, one at a time; nothing runs after them."""
+        if not self.log.has(TAIL):
+            done = list(self.run.solved(moments, self.outside, self.run.read))
+            packed, told = {name: tensor for name, tensor, _ in done}, {name: account for name, _, account in done}
+            self.run.write(self.log, TAIL, packed, {}, [], told)
+        return {}
 
 
 def _anything(notes: Sequence[Note]) -> None:

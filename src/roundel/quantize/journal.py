@@ -20,6 +20,9 @@ from ..files import AnyPath, Slice, check_writable, read_header, show, slices, w
 #: What the journal's folder adds to the name of the output.
 SUFFIX = ".journal"
 
+#: What is added to that once the work is done, before the folder is removed: a journal is there whole or not at all.
+DONE = ".done"
+
 #: The key of an entry's metadata.
 KEY = "entry"
 
@@ -80,7 +83,9 @@ def journal(output: AnyPath) -> Iterator[Journal]:
     target = Path(os.path.realpath(os.fsdecode(output)))
     folder = target.with_name(_short(target.name) + SUFFIX)
     with _alone(folder, output):
-        for left in folder.glob(".roundel-*.tmp"):  # of a process that was killed
+        gone = folder.with_name(folder.name + DONE)
+        shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed, as are:
+        for left in folder.glob(".roundel-*.tmp"):
             left.unlink(missing_ok=True)
         done = False
         try:
@@ -88,13 +93,14 @@ def journal(output: AnyPath) -> Iterator[Journal]:
             done = True
         finally:
             if done or not any(path.name[0] != "_" for path in folder.glob("*.entry")):
-                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):
+                    os.replace(folder, gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def _short(name: str) -> str:
-    """Short enough that the suffix still fits into 255 bytes."""
-    data = os.fsencode(name)
-    return os.fsdecode(data[: 255 - len(SUFFIX)]) if len(data) > 255 - len(SUFFIX) else name
+    """Short enough that the suffixes still fit into 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[: 255 - len(SUFFIX + DONE)])
 
 
 @contextmanager

@@ -49,10 +49,10 @@ class Target:
 
 
 class GraphNetwork:
-    """A fused graph: every edge is a site."""
+    """A fused graph: every edge is a site. ``captured`` is the graph before it was fused, where that is known."""
 
-    def __init__(self, graph: Graph, notes: list[Note]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, notes: list[Note], captured: Graph | None = None) -> None:
+        self.graph, self.captured = graph, captured or graph
         self.module: nn.Module = GraphModule(graph).eval()
         self.groups = find_sites(graph)
         self.found = find_weights(graph)
@@ -88,8 +88,9 @@ class GraphNetwork:
         return kept
 
     def widened(self, plan: Plan, notes: list[Note]) -> Plan:
-        """``plan`` with rules for what recurrent cells add to, where its rule for everything asks for fewer bits: an error there
-        comes back at every step. They come right after that rule, so any other of the plan has the last word."""
+        """``plan`` with rules for what is marked ``fine``, where its rule for everything asks for fewer bits: what recurrent cells
+        add to, since an error there comes back at every step, and parts of very different size. They come right after that rule,
+        so any other of the plan has the last word."""
         general = [i for i, rule in enumerate(plan.rules) if rule.pattern == "*" and rule.activation not in (None, FLOAT)]
         sites = fine_sites(self.graph)
         if not general or not sites:
@@ -98,8 +99,12 @@ class GraphNetwork:
         choice = Choice.parse(str(plan.rules[at].activation), "activation")
         if choice.when != "static" or choice.format.bits >= FINE_BITS or not isinstance(choice.format.grid, Uniform):
             return plan
-        told = f"what its recurrent cells add to from step to step is {FINE}, not {plan.rules[at].activation}: {some(sites)}"
-        notes.append(Note("model", f"{told}; a rule of a plan for these sites has the last word"))
+        joined = {self.groups.root[node.name] for node in self.graph.nodes if node.op == "concat" and node.attrs.get("fine")}
+        for what, which in (("what its recurrent cells add to from step to step", [site for site in sites if site not in joined]),
+                            ("what joins parts of very different size", [site for site in sites if site in joined])):  # fmt: skip
+            if which:
+                told = f"{what} is {FINE}, not {plan.rules[at].activation}: {some(which)}"
+                notes.append(Note("model", f"{told}; a rule of a plan for these sites has the last word"))
         fine = tuple(Rule(_literally(site), activation=FINE) for site in sites)
         return Plan((*plan.rules[: at + 1], *fine, *plan.rules[at + 1 :]))
 
@@ -218,18 +223,23 @@ def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callab
     structure = q.structure
     if isinstance(structure, Graph):
         structure = replace(structure, constants=Constants({**tensors, **q.rest}))
-    new = told_of(replace(q, structure=structure, tensors=tensors), told, solve)
-    return replace(new, notes=(*new.notes, Note("model", "solved on guided Hessians, each layer on the float network's inputs")))
+    return told_of(replace(q, structure=structure, tensors=tensors), told, solve, GUIDED)
 
 
-def told_of(q: QModel, told: Mapping[str, str], solve: Callable[..., QTensor] | None) -> QModel:
+#: What a solver's Hessians were, as notes say it.
+SWEPT = "on Hessians of the inputs that the quantized layers before leave, all places alike"
+GUIDED = "on guided Hessians, each layer on the float network's inputs"
+
+
+def told_of(q: QModel, told: Mapping[str, str], solve: Callable[..., QTensor] | None, how: str = SWEPT) -> QModel:
     """``q`` with a note for each tensor that a solver tells of."""
-    return replace(q, notes=(*q.notes, *accounts(q.tensors, told, getattr(solve, "__name__", ""))))
+    return replace(q, notes=(*q.notes, *accounts(q.tensors, told, getattr(solve, "__name__", ""), how)))
 
 
-def accounts(names: Iterable[str], told: Mapping[str, str], solver: str) -> list[Note]:
-    """What a solver did to each tensor, in the order of ``names``."""
-    return [Note(name, f"{solver}: {told[name]}") for name in names if name in told]
+def accounts(names: Iterable[str], told: Mapping[str, str], solver: str, how: str = SWEPT) -> list[Note]:
+    """What a solver did to each tensor, in the order of ``names``, and on which Hessians."""
+    each = [Note(name, f"{solver}: {told[name]}") for name in names if name in told]
+    return [*each, Note("model", f"solved {how}")] if each else []
 
 
 def solving(network: Network, q: QModel, solve: Callable[..., QTensor], told: dict[str, str], progress: Progress | None) -> Solve:
@@ -264,7 +274,7 @@ def outside(tensors: Mapping[str, QTensor], blocks: Sequence[str]) -> dict[str, 
 def find_network(model: nn.Module, items: list[Batch] | None, notes: list[Note]) -> Network:
     """A graph where the model is one or can be captured; transformers models and what cannot be captured go the module path."""
     if isinstance(model, GraphModule):
-        return GraphNetwork(fuse(model.graph), notes)
+        return GraphNetwork(fuse(graph := model.graph), notes, graph)
     if hf_config(model) is not None:
         return ModuleNetwork(model, notes)
     if items is None:
@@ -281,7 +291,7 @@ def find_network(model: nn.Module, items: list[Batch] | None, notes: list[Note])
         notes.append(Note("model", f"{text}, each layer's input only", fallback=True))
         return ModuleNetwork(model, notes)
     try:
-        return GraphNetwork(fuse(capture(model, example)), notes)
+        return GraphNetwork(fuse(graph := capture(model, example)), notes, graph)
     except InputError as err:
         run(model, items[0])  # where it cannot run on the data at all, that is the answer
         notes.append(

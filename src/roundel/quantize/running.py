@@ -1,5 +1,4 @@
-"""Where running ranges start: the ends of the calibration examples at each site, and how far they wander there; not how they go on
-(`network.running`)."""
+"""Where running ranges start: where the calibration examples themselves bring them; not how they go on (`network.running`)."""
 
 from __future__ import annotations
 
@@ -60,7 +59,8 @@ def followed(q: QModel, wanted: Mapping[str, Choice | None], fixed: Collection[s
                 run(module, item)
     made: dict[str, Activation] = {}
     for name, recorder in recorders.items():
-        tracker = started(torch.cat(recorder.recorded), recorder.start)
+        room = 1.0 if name in q.structure.inputs else Tracker.room
+        tracker = started(torch.cat(recorder.recorded), recorder.sides, recorder.start, room)
         if tracker is None:
             notes.append(Note(name, "its range stays: its numbers do not vary", fallback=True))
             continue
@@ -68,22 +68,17 @@ def followed(q: QModel, wanted: Mapping[str, Choice | None], fixed: Collection[s
     return replace(q, activations={**q.activations, **made}, notes=(*q.notes, *notes))
 
 
-#: How much further than calibration itself a range must be off before it moves.
-BEYOND = 1.25
+#: Samples of calibration, drawn with repetition, that a range settles on.
+DRAWN = 512
 
 
-def started(found: Tensor, start: tuple[float, float]) -> Tracker | None:
-    """The tracker of a site whose samples have the ends ``found`` (N, 2), under the range ``start``; None where nothing varies.
-
-    Its margin is wide enough that the same samples, shuffled, do not move the range.
-    """
+def started(found: Tensor, sides: tuple[bool, bool], start: tuple[float, float], room: float) -> Tracker | None:
+    """The tracker of a site whose calibration samples have the ends ``found`` (N, 2), from where these, in random order, bring the
+    static range ``start``; None where nothing varies."""
     low, high = found.mean(0).tolist()
     if not high > low:
         return None
-    tracker = Tracker(low, high)
-    at, off = State(low, high, *start), 0.0
-    still = replace(tracker, margin=0.0, patience=1)
-    for i in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist():
-        at = advance(still, start, at, *found[i].tolist())
-        off = max(off, abs(at.low - start[0]), abs(at.high - start[1]))
-    return replace(tracker, margin=max(tracker.margin, BEYOND * off / (start[1] - start[0])))
+    tracker, at = Tracker(*start, room=min(room, Tracker.room)), State(*start)
+    for i in torch.randint(len(found), (DRAWN,), generator=torch.Generator().manual_seed(0)).tolist():
+        _, at = advance(tracker, sides, at, *found[i].tolist())
+    return Tracker(at.low, at.high, room=room)

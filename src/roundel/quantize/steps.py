@@ -15,7 +15,7 @@ from ..graph import GraphModule
 from ..plan import FLOAT, Plan
 from ..qmodel import Note, QModel
 from ..solvers import SOLVERS
-from ..transforms import equalize, smooth
+from ..transforms import equalize, smooth, widen
 from ..tune.endtoend import Teaching, rates_of, tune_model
 from ..tune.reconstruct import reconstruct
 from ..tune.text import enough_text
@@ -60,6 +60,13 @@ class Step:
 
 def equalization(rung: Rung, means: Means) -> Rung | None:
     return _transformed(rung, means, *equalize(rung.network.module))
+
+
+def widening(rung: Rung, means: Means) -> Rung | None:
+    """16 bits where a concatenation joins parts of very different size; a rule for its site has the last word."""
+    if not isinstance(rung.network.module, GraphModule):
+        return None
+    return _transformed(rung, means, *widen(rung.network.module, means.learn))
 
 
 def smoothing(rung: Rung, means: Means) -> Rung | None:
@@ -141,6 +148,7 @@ def _left(means: Means) -> float | None:
 #: Name, as notes call it -> step, in the order in which they are of use to each other.
 STEPS: dict[str, Step] = {
     "equalization": Step(equalization, graph=True, anew=True),
+    "widening": Step(widening, graph=True, anew=True),
     "smoothing": Step(smoothing, anew=True),
     "GPTQ": Step(solving("gptq"), parts=True, codes=True),
     "guided descent": Step(guided_descent, parts=True, codes=True),
@@ -152,6 +160,6 @@ STEPS: dict[str, Step] = {
 #: What ``effort`` does after rounding to nearest.
 EFFORTS: dict[str, tuple[str, ...]] = {
     "fast": ("bias correction",),
-    "default": ("equalization", "GPTQ", "bias correction"),
-    "best": ("equalization", "smoothing", "GPTQ", "guided descent", "bias correction", "reconstruction", "end-to-end tuning"),
+    "default": ("equalization", "widening", "GPTQ", "bias correction"),
+    "best": tuple(STEPS),
 }

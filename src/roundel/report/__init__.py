@@ -19,6 +19,7 @@ from .memory import Memory, memory
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
+    from ..network.running import Course
     from ..qmodel import QModel
 
 __all__ = ["Layer", "Memory", "Report", "Row", "memory", "render", "report", "row", "write_report"]
@@ -62,7 +63,7 @@ class Layer:
 class Report:
     """All that a page says. ``notes`` are (subject, sentence) pairs; ``layers`` belong to the row named ``layers_of``.
 
-    ``memory``: the arena of the model in C, or why it has none.
+    ``memory``: the arena of the model in C, or why it has none. ``ranges``: what running ranges did over the data, site by site.
     """
 
     title: str
@@ -74,6 +75,7 @@ class Report:
     layers_of: str = ""
     summary: str = ""
     memory: Memory | None = None
+    ranges: Mapping[str, Course] = field(default_factory=dict)
 
 
 def row(name: str, measured: Evaluation, *, series: str = "", bits: float | None = None) -> Row:
@@ -118,6 +120,7 @@ def report(q: QModel, measured: Evaluation, *, title: str, name: str) -> Report:
         metric_name=measured.metric_name,
         layers_of=name,
         memory=memory(q),
+        ranges=measured.ranges,
     )
 
 
@@ -145,6 +148,7 @@ def _render(page: Report, most: int) -> str:
     blocks = sorted(arena.blocks, key=lambda b: -b.nbytes * (b.stop - b.start))[: 2 * most] if arena else []
     reference = next((row for row in rows if row.reference), None)
     ranked = sorted((layer for layer in page.layers if layer.sqnr != math.inf), key=lambda layer: _lowest(layer.sqnr))
+    courses = sorted(page.ranges.items(), key=lambda named: -named[1].moved)
     figures = (_kl_figure(rows, reference), _metric_figure(rows, reference, page.metric_name))
     env = jinja2.Environment(
         loader=jinja2.PackageLoader(__name__, ""),
@@ -163,6 +167,9 @@ def _render(page: Report, most: int) -> str:
         worst=ranked[:MAX_WORST],
         arena=svg.arena(blocks, calls=arena.calls, nbytes=arena.nbytes, bound=arena.bound) if arena and blocks else None,
         undrawn=len(arena.blocks) - len(blocks) if arena else 0,
+        ranges=_ranges_figure(courses[:most]),
+        drawn=min(most, len(courses)),
+        courses=courses[:MAX_WORST],
         rows=rows,
         notes=page.notes[:most],
         shows={name: any(getattr(row, name) is not None for row in rows) for name in Row.__dataclass_fields__},
@@ -183,6 +190,17 @@ def _metric_figure(rows: Sequence[Row], reference: Row | None, name: str) -> tup
     if name in ("perplexity", "mse"):
         return _figure(rows, reference, "metric", name, "lower is better")
     return _figure(rows, reference, "metric", text.short(name), "higher is better", larger_is_better=True)
+
+
+def _ranges_figure(courses: Sequence[tuple[str, Course]]) -> Markup | None:
+    """The width of each range over the samples, in widths of where it started."""
+    series = []
+    for name, course in courses:
+        start = course.start[1] - course.start[0]
+        series.append((name, [(high - low) / start for low, high in zip(course.low, course.high, strict=True)]))
+    if not series:
+        return None
+    return svg.lines(series, samples=courses[0][1].samples, label="width of the range, in widths of the one it started from")
 
 
 def _figure(

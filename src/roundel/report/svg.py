@@ -1,4 +1,4 @@
-"""The report's figures as inline SVG: a trade-off plot, bars per layer, blocks of memory; no other kind of chart, no scripts.
+"""The report's figures as inline SVG: a trade-off plot, bars per layer, blocks of memory, lines over samples; no scripts.
 
 Every string goes through `markupsafe`, so a hostile layer name cannot leave its text node. Colours are CSS classes of the
 page, so one drawing serves light, dark and paper. Lengths are SVG user units, about one pixel each.
@@ -294,6 +294,28 @@ def arena(blocks: Sequence[Block], *, calls: int, nbytes: int, bound: int) -> Ma
     out.append(_text(left + 6, y(max(nbytes, bound)) - 5, f"lower bound {bound:,} B", "name"))
     out.append(_text(left - 48, top - 14, "bytes", "label") + _text((left + right) / 2, bottom + 34, "calls", "label", "middle"))
     return _svg(bottom + 42, "the arena over the calls", out)
+
+
+def lines(series: Sequence[tuple[str, Sequence[float]]], *, samples: int, label: str, named: int = 3) -> Markup:
+    """A line per (name, positive values evenly spread over ``samples``), on a log axis; the first ``named`` stand out, by name."""
+    left, right, top, bottom = 64.0, WIDTH - 150.0, 30.0, 270.0
+    x, y = Axis(0, max(samples, 1), left, right), axis([v for _, values in series for v in values], bottom, top, log=True)
+    out = [_line("grid", left, y(t), right, y(t)) + _text(left - 8, y(t) + 4, tick_label(t), "tick", "end") for t in y.ticks()]
+    out += [_text(x(t), bottom + 15, f"{t:,.0f}", "tick", "middle") for t in x.ticks()]
+    taken: list[Box] = []
+    for i, (name, values) in reversed(list(enumerate(series))):  # what stands out lies on top
+        step = (right - left) / max(1, len(values) - 1)
+        path = "M" + "L".join(f"{left + step * at:.1f} {y(v):.1f}" for at, v in enumerate(values))
+        form = '<path class="{}" d="{}"><title>{}</title></path>'
+        out.append(Markup(form).format("line low" if i < named else "line", path, short(name, 72)))
+    for name, values in series[:named]:
+        place = _place(right, y(values[-1]), _CHAR * len(short(name, 22)), taken, (left, top, WIDTH, bottom))
+        if place is not None:
+            taken.append(place[0])
+            out.append(_text(place[2], place[0][3] - 3, short(name, 22), "name best", place[1]))
+    out.append(_line("axis", left, bottom, right, bottom) + _line("axis", left, top, left, bottom))
+    out.append(_text(left - 48, top - 14, label, "label") + _text((left + right) / 2, bottom + 34, "samples", "label", "middle"))
+    return _svg(bottom + 42, label, out)
 
 
 def _mark(x: float, y: float, series: int, *, filled: bool) -> Markup:

@@ -15,10 +15,10 @@ from ..errors import FormatError
 from ..formats.codec import Params, Stored
 from ..formats.format import CHANNEL, Format
 from ..formats.grid import Codebook
-from ..formats.qtensor import QTensor, packed, to_matrix
+from ..formats.qtensor import QTensor
 from .descent import descended, start
-from .quadratic import check, damped, importance, lost
-from .rtn import rtn
+from .frame import framed
+from .quadratic import damped, lost
 
 #: Rounds of scales, table and codes; a round that gains less than `LEAST` of the error is the last.
 ROUNDS = 3
@@ -38,29 +38,28 @@ def alternate(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, ta
     >>> alternate(torch.randn(4, 8), Format.parse("cb4/tensor"), (x.T @ x)[None] / 64).dequantize().shape
     torch.Size([4, 8])
     """
-    w = to_matrix(weight.detach(), axis).float()
-    if not w.numel():
-        return rtn(weight, format, axis=axis, table=table)
-    check(w, hessian)
-    firm = damped(hessian)[0]
-    params = format.store(format.fit(w, importance(hessian, len(w)), table))
-    codes = start(w, format, params, hessian, firm)
-    error = _error(w, format, params, codes, firm)
-    for _ in range(rounds):
-        last = error
-        for solve in (_scales, _table) if table is None else (_scales,):
-            try:
-                new = format.store(solve(w, format, params, codes, firm))
-            except FormatError:  # a least-squares solution may leave what the stored type holds; the old one stays
-                continue
-            new, sorted_codes = _in_order(format, new, codes)
-            if (found := _error(w, format, new, sorted_codes, firm)) < error:
-                params, codes, error = new, sorted_codes, found
-        codes = descended(w, format, params, codes, firm)
+
+    def choose(w: Tensor, params: Stored) -> tuple[Tensor, Stored]:
+        firm = damped(hessian)[0]
+        codes = start(w, format, params, hessian, firm)
         error = _error(w, format, params, codes, firm)
-        if not last - error > LEAST * last:
-            break
-    return packed(format, codes, params, tuple(weight.shape), axis)
+        for _ in range(rounds):
+            last = error
+            for solve in (_scales, _table) if table is None else (_scales,):
+                try:
+                    new = format.store(solve(w, format, params, codes, firm))
+                except FormatError:  # a least-squares solution may leave what the stored type holds; the old one stays
+                    continue
+                new, sorted_codes = _in_order(format, new, codes)
+                if (found := _error(w, format, new, sorted_codes, firm)) < error:
+                    params, codes, error = new, sorted_codes, found
+            codes = descended(w, format, params, codes, firm)
+            error = _error(w, format, params, codes, firm)
+            if not last - error > LEAST * last:
+                break
+        return codes, params
+
+    return framed(choose, weight, format, hessian, axis, table)
 
 
 def _error(w: Tensor, format: Format, params: Stored, codes: Tensor, firm: Tensor) -> float:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..formats.codec import Stored
 from ..formats.format import Format
-from ..formats.qtensor import QTensor, packed, to_matrix
+from ..formats.qtensor import QTensor
+from .frame import framed
 from .gptq import BLOCK, carried
-from .quadratic import check, damped, importance, lost
-from .rtn import rtn
+from .quadratic import damped, lost
 
 #: Sweeps over all columns; a sweep that moves nothing is the last.
 SWEEPS = 4
@@ -32,13 +32,11 @@ def descent(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, tabl
     >>> descent(torch.randn(4, 8), Format.parse("int4"), (x.T @ x)[None] / 64).dequantize().shape
     torch.Size([4, 8])
     """
-    w = to_matrix(weight.detach(), axis).float()
-    if not w.numel():
-        return rtn(weight, format, axis=axis, table=table)
-    check(w, hessian)
-    params = format.store(format.fit(w, importance(hessian, len(w)), table))
-    firm = damped(hessian)[0]
-    return packed(format, start(w, format, params, hessian, firm, sweeps), params, tuple(weight.shape), axis)
+
+    def choose(w: Tensor, params: Stored) -> tuple[Tensor, Stored]:
+        return start(w, format, params, hessian, damped(hessian)[0], sweeps), params
+
+    return framed(choose, weight, format, hessian, axis, table)
 
 
 def start(w: Tensor, format: Format, params: Stored, hessian: Tensor, firm: Tensor, sweeps: int = SWEEPS) -> Tensor:

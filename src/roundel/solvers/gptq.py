@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..formats.codec import Stored
 from ..formats.format import Format
-from ..formats.qtensor import QTensor, packed, to_matrix
-from .quadratic import check, importance, inverse_factor
-from .rtn import rtn
+from ..formats.qtensor import QTensor
+from .frame import framed
+from .quadratic import inverse_factor
 
 #: Columns whose errors are gathered before the rest of the matrix is touched.
 BLOCK = 128
@@ -37,13 +37,11 @@ def gptq(weight: Tensor, format: Format, hessian: Tensor, axis: int = 0, table: 
     >>> gptq(torch.randn(4, 8), Format.parse("int4"), (x.T @ x)[None] / 64).dequantize().shape
     torch.Size([4, 8])
     """
-    w = to_matrix(weight.detach(), axis).float()
-    if not w.numel():
-        return rtn(weight, format, axis=axis, table=table)
-    check(w, hessian)
-    params = format.store(format.fit(w, importance(hessian, len(w)), table))
-    codes = carried(w, format, params, hessian, order)
-    return packed(format, codes, params, tuple(weight.shape), axis)
+
+    def choose(w: Tensor, params: Stored) -> tuple[Tensor, Stored]:
+        return carried(w, format, params, hessian, order), params
+
+    return framed(choose, weight, format, hessian, axis, table)
 
 
 def carried(w: Tensor, format: Format, params: Stored, hessian: Tensor, order: Order = "heavy") -> Tensor:

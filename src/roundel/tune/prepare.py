@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,44 @@ from torch import Tensor, nn
 from ..errors import FormatError, InputError, PlanError
 from ..formats.qtensor import QTensor
 from ..graph import Graph, GraphModule
+from ..network.fuse import batch_norms, fuse
 from ..network.run import QGraphModule
 from ..network.sites import find_sites
 from ..network.walk import leaves, member
 from ..qmodel import Constants, Note, QModel, fake
 from ..ranges import known_ranges
+from .norms import LiveNorm
 from .tunable import Kinds, Learn, Rounding, TunableActivation, TunableWeight
 
 #: Operands that hold a layer's parameters; other constants of a graph are numbers of its code and do not train.
 _TRAINED = {"conv": (1, 2), "conv_transpose": (1, 2), "linear": (1, 2), "embedding": (1,), "batch_norm": (3, 4),
             "layer_norm": (1, 2), "rms_norm": (1,), "group_norm": (1, 2), "prelu": (1,)}  # fmt: skip
+
+
+Norms = Literal["folded", "live"]
+
+
+class Choices(TypedDict, total=False):
+    """What may be chosen of a training; a choice that is not made is that of `DEFAULTS`.
+
+    * ``learn``: what trains at static sites: step (LSQ, LSQ+), clip (PACT), ema (ranges that follow the data until `freeze`), none.
+      Sites whose range an operation fixes (softmax, sigmoid, tanh) keep it.
+    * ``rounding``, ``scales``, ``tables``: those of `TunableWeight`. * ``drop``: QDrop's share.
+    * ``norms``: what becomes of batch norms that a captured graph folds into its layers: folded, or live until `freeze`, which
+      trains straight through alone.
+    * ``momentum``: the share of each batch in ranges of ``learn="ema"`` and in statistics of live norms.
+    """
+
+    learn: Learn
+    rounding: Rounding
+    scales: bool
+    tables: bool
+    drop: float
+    norms: Norms
+    momentum: float
+
+
+DEFAULTS = Choices(learn="step", rounding="straight", scales=True, tables=True, drop=0.0, norms="folded", momentum=0.01)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +63,16 @@ class Prepared:
     choices: dict[str, Any]
 
 
-def prepare(
-    q: QModel,
-    real: nn.Module | Mapping[str, Tensor] | None = None,
-    *,
-    learn: Learn = "step",
-    rounding: Rounding = "straight",
-    scales: bool = True,
-    tables: bool = True,
-    drop: float = 0.0,
-    momentum: float = 0.01,
-) -> nn.Module:
+def prepare(q: QModel, real: nn.Module | Mapping[str, Tensor] | None = None, **choices: Unpack[Choices]) -> nn.Module:
     """``q`` as an ordinary `nn.Module` in training mode that computes as ``q.module`` does and trains in any PyTorch loop.
 
     ``real`` gives the float weights: the float network (for a graph its `GraphModule`) or weights by name; without it they start
-    from their rounded values. ``learn`` is what trains at static sites: step (LSQ, LSQ+), clip (PACT), ema (ranges that follow the
-    data until `freeze`), none. Sites whose range an operation fixes (softmax, sigmoid, tanh) keep it. ``rounding``, ``scales`` and
-    ``tables`` are those of `TunableWeight`, ``drop`` is QDrop's share. Biases and norms train as they are. Batch norms are folded
-    already where ``q`` holds a graph; elsewhere they are modules and train until `freeze`.
+    from their rounded values. ``choices`` are those of `Choices`. Biases and norms train as they are; batch norms of a network that
+    is no graph are modules and live until `freeze`. ``norms="live"`` takes them from ``real``, which must be the `GraphModule` of
+    the graph as it was captured, before `fuse`; evaluation mode and `convert` compute with them folded.
 
-    Raises `InputError` where ``real`` has no weight of a name and shape that ``q`` has.
+    Raises `InputError` where ``real`` has no weight of a name and shape that ``q`` has, `PlanError` for choices that do not go
+    together.
 
     >>> from roundel import quantize
     >>> net, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8)
@@ -65,9 +83,14 @@ def prepare(
     """
     if moving := [site for site, one in q.activations.items() if one.when == "running"]:
         raise PlanError(f"{moving[0]!r} follows its input at run time, which training does not see: train with static ranges")
+    how = _checked(choices)
     names = {id(tensor): name for name, tensor in q.tensors.items()}
-    floats = None if real is None else float_weights(real)
     graph = isinstance(q.structure, Graph)
+    floats = None if real is None else float_weights(real)
+    live: dict[str, tuple[str, LiveNorm]] = {}
+    notes: list[Note] = []
+    if isinstance(q.structure, Graph) and how["norms"] == "live":
+        floats, live = _live_norms(q, q.structure, real, how["momentum"], notes)
     fixed = known_ranges(q.structure, find_sites(q.structure)) if isinstance(q.structure, Graph) else {}
     weights: dict[str, TunableWeight] = {}
 
@@ -78,14 +101,19 @@ def prepare(
                 f"the float network has no weight {name!r}; is it the one that was quantized (a graph, where q is one)?"
             )
         try:
-            weights[name] = TunableWeight(tensor, None if floats is None else floats[name], rounding, scales, tables)
+            w, factor = None if floats is None else floats[name], live[name][1].factor if name in live else None
+            weights[name] = TunableWeight(tensor, w, how["rounding"], how["scales"], how["tables"], factor)
         except (InputError, FormatError) as err:
             raise type(err)(f"{name}: {err}") from err
         return weights[name]
 
     sites = {
         name: TunableActivation(
-            site, "none" if name in fixed else learn, drop, settled=graph and site.when == "static", momentum=momentum
+            site,
+            "none" if name in fixed else how["learn"],
+            how["drop"],
+            settled=graph and site.when == "static",
+            momentum=how["momentum"],
         )
         for name, site in q.activations.items()
     }
@@ -94,9 +122,47 @@ def prepare(
         layers = {node.inputs[i] for node in module.structure.nodes for i in _TRAINED.get(node.op, ()) if i < len(node.inputs)}
         for name, value in module.floats().items():
             value.requires_grad_(value.is_floating_point() and name in layers)
-    choices = {"learn": learn, "rounding": rounding, "scales": scales, "tables": tables}
-    module.prepared = Prepared(q, weights, sites, choices)  # type: ignore[assignment]
+        for bias, norm in live.values():
+            module.norm(bias, norm)
+    told = {name: choice for name, choice in how.items() if name not in ("drop", "momentum")}
+    if how["norms"] == "live":
+        told["norms"] = f"{len(live)} live"
+    module.prepared = Prepared(replace(q, notes=(*q.notes, *notes)), weights, sites, told)  # type: ignore[assignment]
     return module.train()
+
+
+def _checked(choices: Choices) -> Choices:
+    """All choices, `PlanError` for one that there is not."""
+    if odd := sorted(choices.keys() - DEFAULTS.keys()):
+        raise PlanError(f"there is no choice {odd[0]!r} of training; there are {', '.join(DEFAULTS)}")
+    how: Choices = {**DEFAULTS, **choices}
+    for word, kinds in (("learn", Learn), ("rounding", Rounding), ("norms", Norms)):
+        if (got := how[word]) not in get_args(kinds):  # type: ignore[literal-required]
+            raise PlanError(f"{word}={got!r}: there are {', '.join(get_args(kinds))}")
+    if how["norms"] == "live" and how["rounding"] != "straight":
+        told = f"rounding={how['rounding']!r} chooses between the neighbours of a weight that stays, and a live norm moves it"
+        raise PlanError(f"{told}: train with rounding='straight', or with norms='folded'")
+    return how
+
+
+def _live_norms(q: QModel, graph: Graph, real: Any, momentum: float,
+                notes: list[Note]) -> tuple[dict[str, Tensor], dict[str, tuple[str, LiveNorm]]]:  # fmt: skip
+    """The float weights, and by a weight's name the norm that lives beside it, with the name of the bias whose place it takes."""
+    if not isinstance(real, GraphModule):
+        raise PlanError("norms='live' finds the norms in real=, the GraphModule of the graph as it was captured, before fuse()")
+    found, floats, live = batch_norms(real.graph), dict(fuse(real.graph).constants), {}
+    for node in graph.nodes:
+        name = node.inputs[1] if len(node.inputs) > 1 else ""
+        # rows of a grouped transposed convolution are its inputs, and a norm is one of outputs
+        if name in found and name in q.tensors and not (node.op == "conv_transpose" and node.attrs["groups"] != 1):
+            norm = found[name]
+            bias = None if torch.equal(q.rest[norm.folded], floats[norm.folded]) else q.rest[norm.folded]
+            live[name] = norm.folded, LiveNorm(norm, momentum, bias)
+            floats[name] = norm.weight
+    here, there = (sum(node.op == "batch_norm" for node in one.nodes) for one in (graph, real.graph))
+    if still := there - here - len(live):
+        notes.append(Note("model", f"{still} batch norms stay folded: more than the norm goes into their layers", fallback=True))
+    return floats, live
 
 
 def convert(module: nn.Module) -> QModel:
@@ -167,6 +233,8 @@ def freeze(module: nn.Module, *, ranges: bool = True, norms: bool = True, on: bo
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.train(not on)
+            elif isinstance(part, LiveNorm):
+                part.freeze(on)
 
 
 def float_weights(real: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -10,6 +10,7 @@ a scale inside and level outside (LSQ, Esser et al. 2020), 0 to a zero point ins
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -89,8 +90,9 @@ class Steps(nn.Module):
         scales, tables = [self.log_scale, self.offset], [self.table, self.law]
         return {"scales": [p for p in scales if p is not None], "tables": [p for p in tables if p is not None]}
 
-    def real(self, count: float) -> Params:
-        """The parameters before they are stored; ``count`` numbers share one step."""
+    def real(self, count: float, growth: Tensor | None = None) -> Params:
+        """The parameters before they are stored; ``count`` numbers share one step. ``growth`` (outputs, 1) multiplies what belongs
+        to one output, so that its codes stay when a factor of all its numbers moves."""
         start, gain = self.start, 1 / math.sqrt(max(1.0, count * self.top))
         scale, offset, table = start.scale, start.offset, start.table
         if self.log_scale is not None and scale is not None:
@@ -106,13 +108,19 @@ class Steps(nn.Module):
             half = (table.shape[1] - 1) // 2
             power = half - (torch.arange(table.shape[1]) - half).abs()
             table = table * (self.law[:, :1] - power[None, :, None] * self.law[:, 1:]).exp()
+        if growth is not None:
+            if scale is not None and len(scale) == len(growth):
+                scale = scale * growth
+                offset = offset * growth if offset is not None and self.format.min is not None else offset
+            elif scale is None and table is not None and len(table) == len(growth):
+                table = table * growth[:, :, None]
         return Params(scale, offset, table)
 
-    def stored(self, count: float = 1) -> Stored:
+    def stored(self, count: float = 1, growth: Tensor | None = None) -> Stored:
         """The parameters as they will be stored, rounded straight-through."""
-        if not any(self.kinds().values()):
+        if not any(self.kinds().values()) and growth is None:
             return self.start
-        real, start = self.real(count), self.start
+        real, start = self.real(count, growth), self.start
 
         def moved(new: Tensor | None, old: Tensor | None) -> Tensor | None:
             if new is None or old is None or torch.equal(new, old):
@@ -195,8 +203,10 @@ class TunableWeight(nn.Module):
       of single numbers. In training mode its value is between levels, at first the real weight; add `regulariser` to the loss.
     * ``sign``: AutoRound (Cheng et al. 2023), the codes of weight + v * step with v in [-0.5, 0.5], for sign-SGD.
 
-    ``scales`` and ``tables``: whether those train. The forward pass uses them as they will be stored. Raises `FormatError` where
-    a format's levels have no neighbours to choose between.
+    ``scales`` and ``tables``: whether those train. The forward pass uses them as they will be stored. ``factor`` gives, in float64,
+    what multiplies each output of ``real``, and may train elsewhere (`norms.LiveNorm`): the product is what is quantized, and a
+    scale or table of one output alone goes with it. Raises `FormatError` where a format's levels have no neighbours to choose
+    between.
 
     >>> from roundel.solvers import rtn
     >>> w = TunableWeight(rtn(torch.tensor([[1.0, 0.5, -2.0]]), Format.parse("int3")), torch.tensor([[1.0, 0.6, -2.0]]))
@@ -205,19 +215,26 @@ class TunableWeight(nn.Module):
     """
 
     dtype = torch.float32
+    begin: Tensor
 
     def __init__(self, tensor: QTensor, real: Tensor | None = None, rounding: Rounding = "straight",
-                 scales: bool = True, tables: bool = True) -> None:  # fmt: skip
+                 scales: bool = True, tables: bool = True, factor: Callable[[], Tensor] | None = None) -> None:  # fmt: skip
         super().__init__()
         if real is not None and tuple(real.shape) != tensor.shape:
             raise InputError(f"the float weight has shape {list(real.shape)}, the quantized one {list(tensor.shape)}")
         self.tensor, self.shape, self.rounding = tensor, tensor.shape, rounding
         fmt, params = tensor.format, tensor.params
         w = to_matrix(tensor.dequantize() if real is None else real.detach().float(), tensor.axis).clone()
+        self.factor, bare = factor, w
+        if factor is not None:
+            begin = factor().detach()[:, None]
+            self.register_buffer("begin", begin, persistent=False)
+            w = (w.double() * begin).float()
         if rounding != "sigmoid" and real is not None:  # codes that a solver chose against the nearest level stay
             other = (fmt.encode(w, params) != tensor.unpack()).repeat_interleave(fmt.step, 1)[:, : w.shape[1]]
             w = torch.where(other, tensor.matrix_values(), w)
-        self.weight = nn.Parameter(from_matrix(w, tensor.shape, tensor.axis).contiguous(), requires_grad=rounding == "straight")
+            bare = w if factor is None else torch.where(other, (w / divisor(begin)).float(), bare)
+        self.weight = nn.Parameter(from_matrix(bare, tensor.shape, tensor.axis).contiguous(), requires_grad=rounding == "straight")
         self.steps = Steps(fmt, params, scales, tables)
         blocks = math.prod(fmt.share.grid(tensor.matrix))
         self.count = math.prod(tensor.shape) / max(1, blocks)
@@ -258,15 +275,21 @@ class TunableWeight(nn.Module):
             return torch.zeros(())
         return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
 
+    def _params(self, count: float) -> Stored:
+        if self.factor is None:
+            return self.steps.stored(count)
+        growth = self.factor()[:, None] / divisor(self.begin)
+        return self.steps.stored(count, torch.where(self.begin == 0, 1.0, growth.abs()).float())
+
     def values(self) -> Tensor:
-        params = self.steps.stored(self.count)
+        params = self._params(self.count)
         return from_matrix(self._decoded(params, params), self.shape, self.tensor.axis)
 
     def rows(self, index: Tensor) -> Tensor:
         return self.values()[index]
 
     def levels(self) -> tuple[Tensor, Tensor | None]:
-        params, q = self.steps.stored(self.count), self.tensor
+        params, q = self._params(self.count), self.tensor
         scale = output_scale(q.format, params, q.matrix[0])
         value = self._decoded(params, params if scale is None else unscaled(params))
         return from_matrix(value, q.shape, q.axis), None if scale is None else scale.reshape(-1)
@@ -274,14 +297,19 @@ class TunableWeight(nn.Module):
     def hard(self) -> QTensor:
         """What would be stored now; in evaluation mode the module computes with exactly this."""
         with torch.no_grad():
-            if not torch.isfinite(self.weight).all() or (self.v is not None and not torch.isfinite(self.v).all()):
+            if not torch.isfinite(self._bare()).all() or (self.v is not None and not torch.isfinite(self.v).all()):
                 raise InputError(f"shape {list(self.shape)}: its numbers are no longer finite; train with a lower rate")
-            params = self.steps.stored()
+            params = self._params(1)
             return packed(self.tensor.format, self._codes(params), params, self.shape, self.tensor.axis)
+
+    def _bare(self) -> Tensor:
+        """The real weight, folded, (rows, columns)."""
+        w = to_matrix(self.weight, self.tensor.axis)
+        return w if self.factor is None else (w.double() * self.factor()[:, None]).float()
 
     def _real(self, params: Stored) -> Tensor:
         """The number that is rounded, (rows, columns)."""
-        w = to_matrix(self.weight, self.tensor.axis)
+        w = self._bare()
         if self.rounding != "sign" or self.v is None:
             return w
         fmt = self.tensor.format

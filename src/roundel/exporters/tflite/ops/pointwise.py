@@ -17,11 +17,11 @@ from ..units import Units, agree
 
 
 def operands(t: Translation, node: Node) -> list[int]:
-    """Both operands with their axes as the result has them; of fewer axes only where that order is plain."""
+    """Both operands with their axes as the result has them; of fewer axes only where that order is plain, or of none."""
     own, rank = t.orders[node.name], t.rank(node.name)
     made = []
     for name in node.inputs:
-        if t.rank(name) != rank and own != plain(rank):
+        if t.rank(name) not in (0, rank) and own != plain(rank):
             raise PlanError(f"{name!r} has {t.rank(name)} axes and is spread over {rank} with channels last")
         made.append(t.value(name, own if t.rank(name) == rank else plain(t.rank(name))))
     return made

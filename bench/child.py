@@ -1,0 +1,55 @@
+"""One run of one peer, in the peer's own environment: `python child.py PEER.py TASK.json OUT`; it scores nothing.
+
+OUT gets ``answer.npy`` (outputs for the images to score) and ``told.json`` (seconds, memory, what was quantized).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from task import Refused, Task
+
+
+def cpu() -> float:
+    """CPU seconds of this process, its threads and the children that ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def main(peer: str, given: str, out: Path) -> None:
+    spec = importlib.util.spec_from_file_location("peer", peer)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{peer} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(peer).parent))  # last: a peer's file may be named like the package it calls
+    sys.modules["peer"] = module  # where dataclasses and pickles look for it
+    spec.loader.exec_module(module)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+    entry = json.loads(given)
+    task = Task(**(entry | {"suite": Path(entry["suite"]), "scratch": Path(entry["scratch"])}))
+    start, wall = cpu(), time.perf_counter()
+    try:
+        made = module.quantize(task)
+    except Refused as reason:
+        (out / "told.json").write_text(json.dumps({"refused": str(reason)}))
+        return
+    told = {"seconds": cpu() - start, "wall": time.perf_counter() - wall}
+    told["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    x = task.score()
+    answer = np.concatenate([np.asarray(made.run(x[i : i + 100]), np.float32) for i in range(0, len(x), 100)])
+    np.save(out / "answer.npy", answer)
+    (out / "told.json").write_text(json.dumps(told | {"weights": made.weights, "activations": made.activations, "note": made.note}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
