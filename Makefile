@@ -22,7 +22,7 @@ verify-boards: .venv/.dev  ## the long runs on every board that QEMU plays (an h
 counts: .venv/.dev  ## instructions of DS-CNN on a Cortex-M4; 2 % more than scripts/instructions.json is a failure
 	$(PY) scripts/instructions.py
 
-bench-cnn: .venv/.dev  ## other toolkits on the same networks, each in an environment of its own (11 GB, hours); what is on record is kept
+bench-cnn: .venv/.dev  ## other toolkits on the same networks, each in an environment of its own (12 GB, hours); what is on record is kept
 	$(PY) bench/harness.py install
 	$(PY) bench/harness.py run
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -175,7 +176,7 @@ def run(row: Row, peer: Peer, suite: Path, minutes: float | None = None) -> Row:
 def _child(command: Sequence[str], out: Path, limit: float) -> tuple[int | None, str]:
     """Exit status (None: it ran past ``limit``) and what was printed; its whole process group ends with it."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    with (out / "log").open("w+") as log:
+    with (out / "log").open("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=keep | ONE_THREAD, start_new_session=True
         )
@@ -205,17 +206,25 @@ def _version(peer: Peer) -> str:
     return done.stdout.strip() or "?"
 
 
+#: What files that hold no answer raise.
+RUBBISH = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, MemoryError, zipfile.BadZipFile)
+
+
 def _read(row: Row, out: Path, suite: Path) -> Row:
     """What a run left in ``out``, scored; anything that is no answer is rubbish."""
     try:
         told = json.loads((out / "told.json").read_text())
         if "refused" in told:
-            return replace(row, status="refused", reason=str(told["refused"]))
+            return replace(row, status="refused", reason=str(told["refused"])[:300])
         figures: dict[str, Any] = {key: float(told[key]) for key in ("seconds", "wall")}
         figures |= {"peak": int(told["peak"]), "note": str(told["note"])}
         figures |= {key: {str(int(b)): int(n) for b, n in told[key].items()} for key in ("weights", "activations")}
         answer = np.load(out / "answer.npy", allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(answer, np.ndarray):
+            raise ValueError("answer.npy is an archive")
+        if not all(math.isfinite(figures[key]) and figures[key] >= 0 for key in ("seconds", "wall")):
+            raise ValueError("seconds are no time")
+    except RUBBISH as error:
         return replace(row, status="rubbish", reason=f"no answer to read: {type(error).__name__}: {error}"[:300])
     try:
         return replace(row, **score(answer, suite), **figures)
@@ -293,7 +302,7 @@ def _line(runs: list[Row]) -> Line:
     good = [row for row in runs if row.status == "ok"]
 
     def mean(name: str) -> float | None:
-        found = [getattr(row, name) for row in good]
+        found = [value for row in good if (value := getattr(row, name)) is not None]
         return math.fsum(found) / len(found) if found else None
 
     ends = [row.interval for row in good if row.interval]
@@ -332,7 +341,7 @@ def sentence(found: Sequence[Line], bits: str) -> str:
     names = ", ".join(mine.first.setting for mine, _ in claims)
     told = "; ".join(losses)
     verdict = "true" if not losses else f"**false**: {told}"
-    return f"{bits}: no peer is at once better in KLD and faster than any of ours ({names}): {verdict}."
+    return f"{bits}: of what was run, no peer is at once better in KLD and faster than any of ours ({names}): {verdict}."
 
 
 def _overlap(one: Line, other: Line) -> bool:
@@ -359,8 +368,23 @@ def page(record: Path) -> str:
             found = list(part)
             out += [f"### {bits}", "", head, "| --- " * 11 + "|"]
             out += [_cells(line, shape) for line in found]
-            out += ["", sentence(found, bits), ""]
+            out += ["", sentence(found, bits)]
+            if left := _not_run(found, suite, kind, bits):
+                out += ["", f"Not run: {', '.join(left)}."]
+            out += [""]
     return "\n".join(out).rstrip() + "\n"
+
+
+def _not_run(found: Sequence[Line], suite: str, kind: str, bits: str) -> list[str]:
+    """Settings of peers.toml that have no row."""
+    there = {line.name for line in found}
+    asked = [
+        f"{name} {key}"
+        for name, peer in peers().items()
+        for key, setting in peer.settings.items()
+        if suite in setting.suites and kind == setting.kind and bits in setting.bits
+    ]
+    return [name for name in asked if name not in there]
 
 
 def _cells(line: Line, shape: Mapping[str, int]) -> str:
@@ -369,7 +393,7 @@ def _cells(line: Line, shape: Mapping[str, int]) -> str:
     if line.kl is None:
         return head + f"0 | {row.status} {'| ' * 7}{_plain(row.reason)} |"
     said = [_sites(row.weights, shape["weights"]), _sites(row.activations, shape["sites"])]
-    peak = f"{(line.peak or 0) / 1e6:.0f}"
+    peak = "–" if line.peak is None else f"{line.peak / 1e6:.0f}"
     figures = [f"{line.kl:.4f} [{line.low:.4f}, {line.high:.4f}]", f"{100 * (line.flips or 0):.2f} %",
                f"{100 * (line.top1 or 0):.2f} %", f"{line.seconds:.1f}", peak, *said, _plain(row.note)]  # fmt: skip
     return head + f"{line.seeds} | " + " | ".join(figures) + " |"

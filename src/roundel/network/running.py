@@ -60,8 +60,8 @@ class State:
 
 
 def advance(tracker: Tracker, sides: tuple[bool, bool], at: State, low: float, high: float) -> tuple[tuple[float, float], State]:
-    """The range that codes a sample from ``low`` to ``high``, and the state after it; ``sides``: whether the site has numbers below
-    and above 0.
+    """The range that codes a sample from ``low`` to ``high``, and the state after it; ``sides``: whether the range had numbers
+    below and above 0 in calibration; a side without stays closed, as below a ReLU, and what comes there becomes 0.
 
     >>> at = State(-0.5, 0.5)
     >>> for _ in range(30):

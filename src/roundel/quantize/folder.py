@@ -423,7 +423,7 @@ class _Sweep:
     def solve_outside(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layers outside of all blocks, one at a time; nothing runs after them."""
         if not self.log.has(TAIL):
-            done = list(self.run.solved(moments, self.outside, self.run.read))
+            done = [one for layer in moments for one in self.run.solved({layer: moments[layer]}, self.outside, self.run.read)]
             packed, told = {name: tensor for name, tensor, _ in done}, {name: account for name, _, account in done}
             self.run.write(self.log, TAIL, packed, {}, [], told)
         return {}

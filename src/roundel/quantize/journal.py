@@ -93,8 +93,10 @@ def journal(output: AnyPath) -> Iterator[Journal]:
             done = True
         finally:
             if done or not any(path.name[0] != "_" for path in folder.glob("*.entry")):
-                with suppress(OSError):
+                try:
                     os.replace(folder, gone)
+                except OSError:  # something of another's stands there
+                    gone = folder
                 shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -100,10 +100,11 @@ class GraphNetwork:
         if choice.when != "static" or choice.format.bits >= FINE_BITS or not isinstance(choice.format.grid, Uniform):
             return plan
         joined = {self.groups.root[node.name] for node in self.graph.nodes if node.op == "concat" and node.attrs.get("fine")}
-        for what, which in (("what its recurrent cells add to from step to step", [site for site in sites if site not in joined]),
-                            ("what joins parts of very different size", [site for site in sites if site in joined])):  # fmt: skip
+        cells, joins = [site for site in sites if site not in joined], [site for site in sites if site in joined]
+        for what, which, but in (("what its recurrent cells add to from step to step", cells, ""),
+                                 ("what joins parts of very different size", joins, ", which .tflite files cannot hold")):  # fmt: skip
             if which:
-                told = f"{what} is {FINE}, not {plan.rules[at].activation}: {some(which)}"
+                told = f"{what} is {FINE}, not {plan.rules[at].activation}: {some(which)}{but}"
                 notes.append(Note("model", f"{told}; a rule of a plan for these sites has the last word"))
         fine = tuple(Rule(_literally(site), activation=FINE) for site in sites)
         return Plan((*plan.rules[: at + 1], *fine, *plan.rules[at + 1 :]))

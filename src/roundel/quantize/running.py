@@ -78,7 +78,7 @@ def started(found: Tensor, sides: tuple[bool, bool], start: tuple[float, float],
     low, high = found.mean(0).tolist()
     if not high > low:
         return None
-    tracker, at = Tracker(*start, room=min(room, Tracker.room)), State(*start)
+    tracker, at = Tracker(*start, room=room), State(*start)
     for i in torch.randint(len(found), (DRAWN,), generator=torch.Generator().manual_seed(0)).tolist():
         _, at = advance(tracker, sides, at, *found[i].tolist())
     return Tracker(at.low, at.high, room=room)

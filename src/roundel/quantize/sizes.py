@@ -147,7 +147,7 @@ def candidates(shapes: Mapping[tuple[int, int], int], bits: float, whole: bool =
     than another. With ``whole`` those that `integer.lower` takes. Raises `PlanError`, with the smallest, where there is none.
 
     >>> [str(offer.format) for offer in candidates({(64, 64): 3}, 2.5)][:3]
-    ['int2/g32*fp16', 'int2/g16*int8/g16*fp16', 'uint2/g64*fp16~uint2']
+    ['int2/g32*fp16', 'int1/g16*fp16', 'int2/g32*int8/g16*fp16']
     """
     count = sum(rows * cols * times for (rows, cols), times in shapes.items())
     chosen: list[Offer] = []

@@ -66,7 +66,10 @@ def widening(rung: Rung, means: Means) -> Rung | None:
     """16 bits where a concatenation joins parts of very different size; a rule for its site has the last word."""
     if not isinstance(rung.network.module, GraphModule):
         return None
-    return _transformed(rung, means, *widen(rung.network.module, means.learn))
+    module, told = widen(rung.network.module, means.learn)
+    if module is not rung.network.module and GraphNetwork(module.graph, []).widened(means.plan, []) == means.plan:
+        return None  # the plan's ranges are float, dynamic, running or wide enough
+    return _transformed(rung, means, module, told)
 
 
 def smoothing(rung: Rung, means: Means) -> Rung | None:

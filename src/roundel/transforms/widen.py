@@ -43,9 +43,10 @@ def widen(network: GraphModule, data: Iterable[object]) -> tuple[GraphModule, tu
             run(network, Batch(batch.args, batch.named))
     told: dict[str, Note] = {}
     for node in joins:
-        parts = {name: float(torch.cat(reaches[name]).mean()) for name in edges(node) if reaches[name]}
+        means = {name: float(torch.cat(reaches[name]).mean()) for name in edges(node) if reaches[name]}
+        parts = {name: mean for name, mean in means.items() if mean > 0}
         most, least = max(parts, key=parts.__getitem__, default=""), min(parts, key=parts.__getitem__, default="")
-        if parts and parts[most] > UNLIKE * parts[least] > 0:
+        if parts and parts[most] >= UNLIKE * parts[least]:
             said = f"{most} reaches {parts[most]:.3g}, {least} {parts[least]:.3g}: one scale over both hides the smaller"
             told[node.name] = Note(node.name, said)
     if not told:

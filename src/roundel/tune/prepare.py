@@ -91,6 +91,10 @@ def prepare(q: QModel, real: nn.Module | Mapping[str, Tensor] | None = None, **c
     notes: list[Note] = []
     if isinstance(q.structure, Graph) and how["norms"] == "live":
         floats, live = _live_norms(q, q.structure, real, how["momentum"], notes)
+        if not live:
+            notes.append(
+                Note("model", "norms='live' found no batch norm that is folded into a layer: nothing lives", fallback=True)
+            )
     fixed = known_ranges(q.structure, find_sites(q.structure)) if isinstance(q.structure, Graph) else {}
     weights: dict[str, TunableWeight] = {}
 
