@@ -101,8 +101,8 @@ class GraphNetwork:
             return plan
         joined = {self.groups.root[node.name] for node in self.graph.nodes if node.op == "concat" and node.attrs.get("fine")}
         cells, joins = [site for site in sites if site not in joined], [site for site in sites if site in joined]
-        for what, which, but in (("what its recurrent cells add to from step to step", cells, ""),
-                                 ("what joins parts of very different size", joins, ", which .tflite files cannot hold")):  # fmt: skip
+        for what, which, but in (("what recurrent cells add to from step to step", cells, ""),
+                                 ("what joins parts of unlike size", joins, ", which no .tflite file can hold")):  # fmt: skip
             if which:
                 told = f"{what} is {FINE}, not {plan.rules[at].activation}: {some(which)}{but}"
                 notes.append(Note("model", f"{told}; a rule of a plan for these sites has the last word"))
