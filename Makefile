@@ -16,7 +16,7 @@ test: .venv/.dev  ## all tests but the soak
 soak: .venv/.dev  ## the long counts: fuzzing, kills, nasty tensors (hours)
 	$(PY) -m pytest -m soak
 
-verify-boards: .venv/.dev  ## the long runs on every board that QEMU plays (an hour or more)
+verify-boards: .venv/.dev  ## the long runs on every board that QEMU plays (minutes)
 	$(PY) -m pytest -m soak -k boards
 
 counts: .venv/.dev  ## instructions of DS-CNN on a Cortex-M4; 2 % more than scripts/instructions.json is a failure
