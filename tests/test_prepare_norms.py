@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from loop import images, train
 from torch import Tensor, nn
 
 import roundel as rd
@@ -57,22 +58,6 @@ def net() -> GraphModule:
     for p in module.parameters():
         p.data = p.data.clone()
     return module
-
-
-def images(n: int = 32, seed: int = 1) -> Tensor:
-    return torch.randn(n, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def train(module: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
-    lost = []
-    for _ in range(steps):
-        loss = (module(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        lost.append(loss.item())
-    return lost
 
 
 def norm_of(module: nn.Module, bias: str = "0.bias") -> nn.Module:

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from loop import images, train
 from test_seam import CATALOGUE
 from torch import Tensor, nn
 
@@ -38,23 +39,6 @@ def net() -> nn.Module:
     """The network, captured once: tracing takes longer than all that is tested here."""
     graph = captured()
     return GraphModule(replace(graph, constants={name: t.clone() for name, t in graph.constants.items()})).eval()
-
-
-def images(n: int = 32, seed: int = 1) -> Tensor:
-    return torch.randn(n, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def train(module: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 1e-2) -> list[float]:
-    """A plain loop."""
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
-    lost = []
-    for _ in range(steps):
-        loss = (module(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        lost.append(loss.item())
-    return lost
 
 
 def saved(q: rd.QModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
