@@ -23,7 +23,7 @@ from roundel.quantize.networks import find_network
 from roundel.quantize.steps import EFFORTS, STEPS, Means, Rung
 from roundel.solvers import SOLVERS, gptq, hqq, rtn, solved
 from roundel.tune import endtoend
-from roundel.tune.endtoend import Teaching, rates_of, tune_model
+from roundel.tune.endtoend import Teaching, _blended, rates_of, tune_model
 from roundel.tune.text import cut, enough_text, tokens, writes, written
 
 FORMAT = "uint2/g8"
@@ -262,6 +262,29 @@ def test_the_step_is_for_modules_alone() -> None:
     network = find_network(net, [Batch((x,))], [])
     q = rd.quantize(net, "int3", data=[x])
     assert STEPS["guided descent"].make(Rung(network, q), Means(lambda _: q, q.plan, [Batch((x,))])) is None
+
+
+@pytest.mark.proves("tune.endtoend")
+def test_examples_are_blended_in_pairs() -> None:
+    """Every input of an example by the same share of the same other one, the most of it its own; what has no examples stays."""
+    one, each = torch.arange(6.0)[:, None], torch.eye(6)
+    batch = Batch((each,), {"ten": 10 * one, "table": torch.ones(3)})
+    how = Teaching(1, mix=0.4, seed=3)
+    first, again = (list(_blended(iter([batch, batch]), how)) for _ in range(2))
+    assert all(torch.equal(a.args[0], b.args[0]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].args[0], first[1].args[0])
+    for got in first:
+        shares = got.args[0]
+        torch.testing.assert_close(shares.sum(1), torch.ones(6))
+        assert bool((shares.diagonal() >= 0.6 - 1e-6).all())
+        assert bool(((shares > 0).sum(1) <= 2).all())
+        torch.testing.assert_close(got.named["ten"], shares @ batch.named["ten"])
+        assert torch.equal(got.named["table"], torch.ones(3))
+    ids = Batch((torch.arange(6)[:, None],))
+    assert next(_blended(iter([ids]), how)) is ids
+    assert next(_blended(iter([batch]), Teaching(1))) is batch
+    with pytest.raises(PlanError, match=r"from 0 to 0\.5"):
+        Teaching(1, mix=0.7)
 
 
 @pytest.mark.proves("tune.endtoend")

@@ -19,7 +19,7 @@ from roundel.data import Batch
 from roundel.evaluate import predictions
 from roundel.formats import Format, QTensor
 from roundel.formats.qtensor import packed
-from roundel.gate import LEAST, Losses, Paired, Verdict, choose, judge, losses, split
+from roundel.gate import LEAST, Losses, Paired, Verdict, answers, choose, judge, losses, split
 from roundel.quantize import EFFORTS
 from roundel.solvers import SOLVERS, gptq, rtn
 
@@ -127,6 +127,14 @@ def test_losses_of_other_outputs_are_squared_errors(shape: tuple[int, ...]) -> N
     with torch.no_grad():
         wanted = (model(x).double() - q.module(x).double()).square().reshape(20, -1).mean(1)
     torch.testing.assert_close(error, wanted)
+
+
+@pytest.mark.proves("gate.loss")
+def test_answers_stand_for_the_model_that_gave_them() -> None:
+    model, x = classifier(), torch.randn(30, 8)
+    q, batches = rd.quantize(model, "int3", data=[x]), [Batch((part,), target=torch.zeros(len(part))) for part in x.split(13)]
+    for one, other in zip(losses(model, q.module, batches), losses(answers(model, batches), q.module, batches), strict=True):
+        assert torch.equal(one, other)  # type: ignore[arg-type]
 
 
 @pytest.mark.proves("gate.loss")

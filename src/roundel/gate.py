@@ -72,8 +72,15 @@ class Verdict:
 Losses = tuple[Tensor | None, Tensor]
 
 
-def losses(real: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> Losses:
-    """(KL or None, squared error) of every example, float64; both modules run in the mode they are in.
+def answers(real: nn.Module, batches: Sequence[Batch]) -> list[Any]:
+    """What a module returns for each batch, targets withheld."""
+    with torch.no_grad():
+        return [run(real, Batch(batch.args, batch.named)) for batch in batches]
+
+
+def losses(real: nn.Module | Sequence[Any], quantized: nn.Module, batches: Sequence[Batch]) -> Losses:
+    """(KL or None, squared error) of every example, float64; modules run in the mode they are in. ``real`` is a module, or its
+    `answers` where several are compared with it.
 
     KL is of the first output, the squared error of all that are real. Raises `InputError` where outputs cannot be compared: none, a
     single number, whole numbers, or some that are not finite.
@@ -83,7 +90,7 @@ def losses(real: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> L
     with torch.no_grad():
         for number, batch in enumerate(batches):
             bare = Batch(batch.args, batch.named)
-            wanted, got = (run(module, bare) for module in (real, quantized))
+            wanted, got = run(real, bare) if isinstance(real, nn.Module) else real[number], run(quantized, bare)
             scores = scores or Scores.like(bare, wanted, None)
             scores.take(number, bare, wanted, got)
             if not predictions(wanted).is_floating_point():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 
 from ..calibrate import Progress
 from ..data import Batch
 from ..errors import FormatError, InputError
-from ..gate import LEAST, Losses, choose, losses, split
+from ..gate import LEAST, Losses, answers, choose, losses, split
 from ..graph import Graph
 from ..network.sweep import MATRIX
 from ..plan import Plan
@@ -23,8 +25,8 @@ from .steps import EFFORTS, STEPS, Means, Rung
 #: Examples that a step learns from, and as many that judge it, at most: all their values at one node are in memory together.
 EXAMPLES = 512
 
-#: Measurements that `choose` may spend on the parts of one step.
-PASSES = 16
+#: Measurements that `choose` may spend on the parts of one step; fast takes steps whole or not at all.
+PASSES = {"fast": 0, "default": 16, "best": 16}
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ def climb(
     names = [name for name in EFFORTS[effort.level] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
     names = [name for name in names if effort.solver is None or not STEPS[name].codes]
 
+    @cache
+    def wanted() -> list[Any]:
+        return answers(network.module, held)
+
     def measured(q: QModel) -> Losses:
-        return losses(network.module, q.module, held)
+        return losses(wanted(), q.module, held)
 
     loss: Losses | None = None
     why = f"{sum(map(len, items))} examples are too few to judge by ({4 * LEAST} would do)" if judges < LEAST else ""
@@ -82,7 +88,7 @@ def climb(
             q = _solved(rung.network, rung.q, learning(items, network.whole), effort, progress, notes)
             rung, loss = replace(rung, q=q), None if loss is None else measured(q)
         elif loss is not None:
-            rung, loss = _tried(name, rung, means, measured, loss, notes)
+            rung, loss = _tried(name, rung, means, measured, loss, PASSES[effort.level], notes)
     if effort.loss is not None:
         told = f"the loss of {effort.loss:g} that was asked for"
         if loss is None:
@@ -110,7 +116,7 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losses], loss: Losses,
+def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losses], loss: Losses, most: int,
            notes: list[Note]) -> tuple[Rung, Losses]:  # fmt: skip
     """The rung that stays after a step, with its losses."""
     try:
@@ -122,7 +128,7 @@ def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losse
             notes += new.q.notes[len(old.q.notes) :]
             return old, loss
         layers = changed if STEPS[name].parts else []
-        passes = min(PASSES, 2 * len(layers) - 2)
+        passes = min(most, 2 * len(layers) - 2)
 
         def measure_with(chosen: frozenset[str]) -> Losses:
             return measure(_mixed(old.q, new.q, chosen, layers))

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..calibrate import Progress
 from ..data import Batch
-from ..gate import split
 from ..graph import GraphModule
 from ..plan import FLOAT, Plan
 from ..qmodel import Note, QModel
@@ -121,26 +120,28 @@ def reconstruction(rung: Rung, means: Means) -> Rung:
 
 
 #: The share of the time left that blocks take; the whole takes the rest.
-BLOCKS = 0.6
+BLOCKS = 0.25
 
 
 #: Steps of end-to-end tuning where no budget says how long.
 TEACHING_STEPS = 300
 
+#: The most that an example that teaches has of another one: without it few examples are learned by heart.
+MIX = 0.5
+
 
 def teaching(rung: Rung, means: Means) -> Rung:
     """The whole network trained towards the float one's answers; a language model learns from text that it wrote itself as well."""
-    module = rung.network.module
-    learn, held = split(means.learn, 5, whole=rung.network.whole)
-    text = enough_text(module, learn, means.seed) if isinstance(rung.network, ModuleNetwork) else None
+    module, text, learn = rung.network.module, None, list(means.learn)
+    if isinstance(rung.network, ModuleNetwork) and (text := enough_text(module, learn, means.seed)):
+        learn = text[0]
     left = _left(means)
-    steps = TEACHING_STEPS if left is None else None
-    if text is None:
-        return replace(rung, q=tune_model(rung.q, module, learn, held, Teaching(steps, left, seed=means.seed), means.progress))
-    how = Teaching(steps, left, rates_of(rung.q), means.seed, "codes")
-    q = tune_model(rung.q, module, text[0], held, how, means.progress)
-    told = f"end-to-end tuning learned from {text[1]} examples that the model wrote itself as well"
-    return replace(rung, q=replace(q, notes=(*q.notes, Note("model", told))))
+    how = Teaching(TEACHING_STEPS if left is None else None, left, rates_of(rung.q), means.seed, "codes", MIX)
+    q = tune_model(rung.q, module, learn, None, how, means.progress)
+    if text:
+        told = f"end-to-end tuning learned from {text[1]} examples that the model wrote itself as well"
+        q = replace(q, notes=(*q.notes, Note("model", told)))
+    return replace(rung, q=q)
 
 
 def _left(means: Means) -> float | None:

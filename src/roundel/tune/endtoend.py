@@ -32,6 +32,8 @@ class Teaching:
     """How `tune_model` trains: ``steps`` of one batch each, or ``seconds`` on this machine, turned into steps by the pace of
     the first ones; ``rates`` by kind, a kind that is left out stays as it is; ``seed`` shuffles the batches. ``start`` is float,
     the float weights, or codes: where a solver chose against the nearest level, weights start there; that wants `rates_of`.
+    ``mix``: each real example has up to this share of another of its batch blended in (mixup without labels, Zhang et al. 2018),
+    so that few examples are not learned by heart; ids and whole numbers stay as they are.
 
     >>> Teaching(seconds=60).steps is None
     True
@@ -42,12 +44,15 @@ class Teaching:
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
     seed: int = 0
     start: Literal["float", "codes"] = "float"
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise PlanError("training takes steps= or seconds=, one of them")
         if self.start not in ("float", "codes"):
             raise PlanError(f"training starts at float or codes, got {self.start!r}")
+        if not 0 <= self.mix <= 0.5:
+            raise PlanError(f"mix={self.mix!r}: the share of another example is from 0 to 0.5")
         if odd := sorted(self.rates.keys() - RATES.keys()):
             raise PlanError(f"there is no kind of parameter {odd[0]!r} to give a rate; there are {', '.join(RATES)}")
 
@@ -65,13 +70,13 @@ def rates_of(q: QModel) -> dict[str, float]:
     return {**RATES, "weights": 3e-3 * 2.0 ** (4 - bits / max(1, sum(count.values())))}
 
 
-def tune_model(q: QModel, teacher: nn.Module, batches: Sequence[Batch], held: Sequence[Batch], how: Teaching,
+def tune_model(q: QModel, teacher: nn.Module, batches: Sequence[Batch], held: Sequence[Batch] | None, how: Teaching,
                progress: Progress | None = None) -> QModel:  # fmt: skip
     """``q`` trained so that its answers on ``batches`` come near those of ``teacher``, the float network it was made of.
 
     The loss is KL(teacher || q) per token or example where answers are logits, else the squared error over the variance of the
-    teacher's. Weights train straight-through from the float ones; formats and bytes stay. The result is ``q`` itself, with
-    a note, where `gate.judge` on ``held`` does not find it nearer. The same steps give the same bytes; a time budget is said in
+    teacher's. Weights train straight-through; formats and bytes stay. The result is ``q`` itself, with a note, where `gate.judge`
+    on ``held`` does not find it nearer; with None the caller judges. The same steps give the same bytes; a time budget is said in
     steps by the note. Raises `InputError` where there is nothing to learn from.
 
     >>> from roundel import quantize
@@ -80,20 +85,18 @@ def tune_model(q: QModel, teacher: nn.Module, batches: Sequence[Batch], held: Se
     >>> "end-to-end tuning" in q.notes[-1].text
     True
     """
-    if not batches or not held:
+    if not batches or (held is not None and not held):
         raise InputError("end-to-end tuning learns from some batches and is judged on others; give both")
     with one_thread(), evaluating(teacher):
         module = prepare(_at_the_float_weights(q, teacher) if how.start == "float" else q, teacher)
         done = _train(module, teacher, batches, how, progress)
         new = convert(module)
-        verdict = judge(losses(teacher, q.module, held), losses(teacher, new.module, held))
-    told = f"end-to-end tuning of {done} steps {'kept' if verdict.kept else 'not kept'}: {verdict}"
-    kept = (
-        replace(new, notes=q.notes, provenance={**new.provenance, "tuned": {"steps": done, "seed": how.seed}})
-        if verdict.kept
-        else q
-    )
-    return replace(kept, notes=(*kept.notes, Note("model", told)))
+        new = replace(new, notes=q.notes, provenance={**new.provenance, "tuned": {"steps": done, "seed": how.seed}})
+        told = f"end-to-end tuning of {done} steps"
+        if held is not None:
+            verdict = judge(losses(teacher, q.module, held), losses(teacher, new.module, held))
+            told, new = f"{told} {'kept' if verdict.kept else 'not kept'}: {verdict}", new if verdict.kept else q
+    return replace(new, notes=(*q.notes, Note("model", told)))
 
 
 def _at_the_float_weights(q: QModel, teacher: nn.Module) -> QModel:
@@ -126,7 +129,7 @@ def _train(module: nn.Module, teacher: nn.Module, batches: Sequence[Batch], how:
     module.eval()  # no dropout; what trains is the same in both modes
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     total, start, loss_of = how.steps, time.monotonic(), _Loss()
-    for step, batch in enumerate(_shuffled(batches, how.seed)):
+    for step, batch in enumerate(_blended(_shuffled(batches, how.seed), how)):
         if total is None and step == 3:  # the first step builds caches; the next two tell the pace
             assert how.seconds is not None
             total = max(step, round(how.seconds / ((time.monotonic() - start) / 2)))
@@ -151,6 +154,25 @@ def _shuffled(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
+
+
+def _blended(batches: Iterator[Batch], how: Teaching) -> Iterator[Batch]:
+    """Each example with a share of another, drawn evenly up to ``how.mix``; all real inputs of an example in the same way."""
+    generator = torch.Generator().manual_seed(how.seed)
+    for batch in batches:
+        given = [*batch.args, *batch.named.values()]
+        if not how.mix or len(batch) < 2 or not all(x.is_floating_point() for x in given):
+            yield batch
+            continue
+        other = torch.randperm(len(batch), generator=generator)
+        share = how.mix * torch.rand(len(batch), generator=generator)
+
+        def blend(x: Tensor, other: Tensor = other, share: Tensor = share) -> Tensor:
+            if x.ndim == 0 or len(x) != len(other):
+                return x  # one for all examples
+            return x.lerp(x[other], share.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)))
+
+        yield Batch(tuple(map(blend, batch.args)), {name: blend(x) for name, x in batch.named.items()})
 
 
 class _Loss:

@@ -45,26 +45,28 @@ class _Damped(torch.autograd.Function):
         return grad * ctx.gain, None
 
 
-class _Through(torch.autograd.Function):
-    """``value`` with what `passing` would add to it, under one scale and fixed levels: half the passes over memory."""
+class _Rounded(torch.autograd.Function):
+    """``code - zero`` of numbers on one grid of integers: `Format.encode`, `Format.decode` and the gradient of `passing` in four
+    passes over memory, on which training of small networks spends half its time."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: float, high: float) -> Tensor:
         u = x / divisor(scale)
-        u = u if offset is None else u + offset
-        ctx.save_for_backward(x, (u >= low) & (u <= high), scale)
-        return value.view_as(value)
+        ends = torch.tensor([low, high]) - (0 if offset is None else offset.reshape(()))
+        code = u.clamp(*(ends * (scale.reshape(()) != 0)))
+        ctx.save_for_backward(x, code == u, scale)
+        return code.round_()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inside, scale = ctx.saved_tensors
-        through = grad * inside
-        to_x, to_scale, to_offset = through / divisor(scale), None, None
+        to_x, to_scale, to_offset = torch.where(inside, grad, 0.0), None, None
         if ctx.needs_input_grad[2]:
+            to_offset = (to_x - grad).sum().reshape(scale.shape)
+        to_x /= divisor(scale)
+        if ctx.needs_input_grad[1]:
             to_scale = -((to_x * x).sum() / divisor(scale)).reshape(scale.shape)
-        if ctx.needs_input_grad[3]:
-            to_offset = (through - grad).sum().reshape(scale.shape)
-        return grad, to_x, to_scale, to_offset, None, None
+        return to_x, to_scale, to_offset, None, None
 
 
 class Steps(nn.Module):
@@ -435,15 +437,16 @@ class TunableActivation(nn.Module):
         params = self._stored(x.numel() / max(1, len(x) if x.ndim else 1))
         assert params is not None
         factor = params.scale is not None and fmt.min is None
-        row, to = x.reshape(1, -1), unscaled(params) if factor else params
-        with torch.no_grad():
-            codes = fmt.encode(row, params)
-        value = fmt.decode(codes, still(to))
-        if torch.is_grad_enabled() and factor and self.learn != "clip" and isinstance(fmt.grid, Uniform | Levels):
-            value = _Through.apply(value, row.float(), params.scale, params.offset, *fmt.extremes)
-        elif torch.is_grad_enabled():
-            pull = passing(fmt, row.float(), params, fmt.decode(codes, params) if self.learn == "clip" else None)
-            value = value + (pull if factor or params.scale is None else pull * params.scale.detach())
+        row = x.reshape(1, -1)
+        if factor and self.learn != "clip" and isinstance(fmt.grid, Uniform):
+            value = _Rounded.apply(row.float(), params.scale, params.offset, *fmt.extremes)
+        else:
+            with torch.no_grad():
+                codes = fmt.encode(row, params)
+            value = fmt.decode(codes, still(unscaled(params) if factor else params))
+            if torch.is_grad_enabled():
+                pull = passing(fmt, row.float(), params, fmt.decode(codes, params) if self.learn == "clip" else None)
+                value = value + (pull if factor or params.scale is None else pull * params.scale.detach())
         value = value.reshape(x.shape)
         if not factor:
             return self._dropped(x, value), None
