@@ -257,18 +257,21 @@ RESNET = (
 @cli.command()
 @click.option("--weights", "formats", multiple=True, default=RESNET)
 @click.option("--solver", "names", multiple=True, default=("rtn", "alternate"))
-def resnet(formats: Sequence[str], names: Sequence[str]) -> None:
+@click.option("--effort", "efforts", multiple=True, help="Also by the ladder: default or best.")
+@click.option("--budget", default="3min", show_default=True, help="Of effort best.")
+def resnet(formats: Sequence[str], names: Sequence[str], efforts: Sequence[str], budget: str) -> None:
     """ResNet-20, every weight: uniform, log, one table per layer, vectors."""
     from measure import _draw, _network
 
     case = CASES["ResNet-20"]
     model, pool, score = case.model(), case.calibrate(), list(case.score())
     network, learn = _network(model, case, pool[0]), _draw(pool, 1)
-    head("weights", "solver", "bits", "KL", "flips", "seconds")
+    head("weights", "solver or effort", "bits", "KL", "flips", "seconds")
     for text in formats:
-        for name in names:
+        for name in (*names, *efforts):
             start = time.process_time()
-            q = rd.quantize(network, text, data=learn, solver=name)
+            how = {"effort": name, "budget": budget if name == "best" else None} if name in efforts else {"solver": name}
+            q = rd.quantize(network, text, data=learn, **how)
             seconds = time.process_time() - start
             cost = rd.evaluate(q, against=model, data=score, metric="top1", latency=False, layers=False)
             row(f"`{text}`", name, f"{bits(q.tensors):.3f}", f"{cost.kl:.4f}", f"{cost.flips:.2%}", f"{seconds:.0f}")
