@@ -445,7 +445,7 @@ def _present(fmt: Format, x: Tensor) -> list[Params]:
         distinct = max((len(row.unique()) for row in sample), default=0)
         if distinct > len(_tables(fmt.grid.name)[3]) + 1 or distinct == sample.shape[1]:
             return []
-    kept = [i for i, params in enumerate(_ideas(fmt, sample)) if _exact_somewhere(fmt, sample, params)]
+    kept = _exact_somewhere(fmt, sample, _ideas(fmt, sample))
     every = _ideas(fmt, x) if kept else []
     return [every[i] for i in kept]
 
@@ -505,9 +505,20 @@ def _neighbours(fmt: Format, scale: Tensor) -> list[Tensor]:
     return [scale, *(torch.nextafter(scale, torch.tensor(bound)) for bound in (torch.inf, -torch.inf))]
 
 
-def _exact_somewhere(fmt: Format, x: Tensor, params: Params) -> bool:
-    spread = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) > 0
-    return bool(((_error(fmt, x, None, _settle(fmt, params)) == 0) & spread).any())
+def _exact_somewhere(fmt: Format, x: Tensor, ideas: list[Params]) -> list[int]:
+    """Which of the ideas give some row of different numbers without error: all are tried in one pass, since `store` asks this of a
+    few scales at every step of training."""
+    if not ideas:
+        return []
+
+    def every(parts: list[Tensor | None]) -> Tensor | None:
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if found else None
+
+    stacked = _settle(fmt, Params(every([idea.scale for idea in ideas]), every([idea.offset for idea in ideas])))
+    error = _error(fmt, x.repeat(len(ideas), 1), None, stacked).view(len(ideas), -1)
+    spread = x.amax(1) > x.amin(1)
+    return ((error == 0) & spread).any(1).nonzero().flatten().tolist()
 
 
 def _least_squares(fmt: Format, x: Tensor, codes: Tensor, params: Params, weight: Tensor | None) -> Params:
