@@ -1,6 +1,6 @@
 # One command per job. Each sets up what it needs in .venv first; a second call starts at once.
 .DELETE_ON_ERROR:
-.PHONY: demo test soak verify-boards counts bench-cnn lint docs clean
+.PHONY: demo test soak verify-boards counts bench-cnn bench-lm lint docs clean
 
 PYTHON ?= python3.11
 PY := .venv/bin/python
@@ -25,6 +25,11 @@ counts: .venv/.dev  ## instructions of DS-CNN on a Cortex-M4; 2 % more than scri
 bench-cnn: .venv/.dev  ## other toolkits on the same networks, each in an environment of its own (12 GB, hours); what is on record is kept
 	$(PY) bench/harness.py install
 	$(PY) bench/harness.py run
+
+bench-lm: .venv/.dev  ## other toolkits on the same language models, or on MODEL=/any/folder (16 GB, hours); what is on record is kept
+	$(PY) scripts/train_bench_lm.py $(HOME)/.cache/roundel/bench-lm-0
+	$(PY) bench/harness.py install --lm
+	$(PY) bench/harness.py run --lm $(if $(MODEL),--model $(MODEL))
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

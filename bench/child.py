@@ -1,6 +1,6 @@
 """One run of one peer, in the peer's own environment: `python child.py PEER.py TASK.json OUT`; it scores nothing.
 
-OUT gets ``answer.npy`` (outputs for the images to score) and ``told.json`` (seconds, memory, what was quantized).
+OUT gets ``answer.npy`` (outputs for the images or documents to score) and ``told.json`` (seconds, memory, what was quantized).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def main(peer: str, given: str, out: Path) -> None:
         return
     told = {"seconds": cpu() - start, "wall": time.perf_counter() - wall}
     told["peak"] = peak()
-    x = task.score()
-    answer = np.concatenate([np.asarray(made.run(x[i : i + 100]), np.float32) for i in range(0, len(x), 100)])
+    answer = np.concatenate([np.asarray(made.run(x), np.float32) for x in task.questions()])
     np.save(out / "answer.npy", answer)
-    (out / "told.json").write_text(json.dumps(told | {"weights": made.weights, "activations": made.activations, "note": made.note}))
+    figures = {name: getattr(made, name) for name in ("weights", "activations", "note", "size", "backprop")}
+    (out / "told.json").write_text(json.dumps(told | figures))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""`make bench-cnn`: other toolkits and Roundel on the same models, images and sites; each run alone, all scored here in one way.
+"""`make bench-cnn`, `make bench-lm`: other toolkits and Roundel on the same models and data; each run alone, all scored in one way.
 
     python bench/harness.py install          a virtual environment per peer, outside the repository
     python bench/harness.py run              what is not on record yet; --again repeats
     python bench/harness.py table            results/NAME.json -> results/NAME.md
 
-A peer's run is a process of its own environment that gets a model and images and answers with outputs (`child.py`, `task.py`).
-Whatever a peer does, fail, hang or print rubbish, is a row that says so. Language models are not here yet (see `suites.py`).
+Each takes --lm for language models; without it, image networks. A peer's run is a process of its own environment that gets a model
+and images or documents and answers with outputs (`child.py`, `task.py`). Whatever a peer does, fail, hang or print rubbish, is a
+row that says so. What is particular to language models is in `tokens.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -22,15 +24,17 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import numpy as np
+import tokens
 import torch
 from task import bits_of
 
@@ -60,19 +64,24 @@ ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in LIBRARIES} | {
 
 @dataclass(frozen=True)
 class Setting:
-    """``bits`` are the widths to run it at; ``kind`` is ptq or qat; ``limit`` in seconds; ``minutes`` of training, CPU time."""
+    """``bits`` are the widths to run it at on images, ``sizes`` in bits per number on texts; ``kind`` is ptq or qat; ``limit`` in
+    seconds; ``minutes`` of training, CPU time; ``drawn``: whether anything depends on the seed, so that more than one is worth it.
+    """
 
     words: str
-    bits: tuple[str, ...]
+    bits: tuple[str, ...] = ()
     kind: str = "ptq"
-    suites: tuple[str, ...] = ("resnet20", "dscnn")
+    suites: tuple[str, ...] = ("resnet20", "dscnn", "stories260K", "benchlm")
     limit: float = LIMIT
     minutes: float = 5.0
+    sizes: tuple[str, ...] = ()
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
 class Peer:
-    """``file`` in peers/, ``package`` whose version is reported, ``requires`` for pip, ``python`` of its environment."""
+    """``file`` in peers/, ``package`` whose version is reported, ``requires`` for pip, ``python`` of its environment; ``tokens`` is
+    the file for language models where that is another one."""
 
     file: Path
     title: str
@@ -80,6 +89,7 @@ class Peer:
     requires: tuple[str, ...]
     settings: Mapping[str, Setting]
     python: Path
+    tokens: Path | None = None
 
 
 def peers(table: Path = HERE / "peers.toml", cache: Path = CACHE) -> dict[str, Peer]:
@@ -90,8 +100,8 @@ def peers(table: Path = HERE / "peers.toml", cache: Path = CACHE) -> dict[str, P
             continue
         settings = {key: _setting(given) for key, given in entry["settings"].items()}
         python = Path(sys.executable) if name == OURS else cache / name / "bin" / "python"
-        file = table.parent / "peers" / entry["file"]
-        out[name] = Peer(file, entry["title"], entry["package"], tuple(entry["requires"]), settings, python)
+        file, texts = (table.parent / "peers" / str(entry.get(kind, entry["file"])) for kind in ("file", "tokens"))
+        out[name] = Peer(file, entry["title"], entry["package"], tuple(entry["requires"]), settings, python, texts)
     return out
 
 
@@ -124,7 +134,9 @@ class Row:
     """One run. ``status`` is ok, or missing, failed, rubbish, too long or refused, and then ``reason`` says why.
 
     ``seconds`` of CPU and ``wall`` from float model to quantized one, imports and scoring left out; ``peak`` resident bytes until
-    then; ``kl`` of float || quantized in nats with its 95 % interval; ``flips`` and ``top1`` are shares.
+    then; ``kl`` of float || quantized in nats with its 95 % interval; ``flips`` and ``top1`` are shares. Of a language model:
+    ``size`` in bits per number of the linear layers, ``ratio`` of perplexities, ``documents`` with each one's sum of KLD,
+    ``backprop``: whether gradients went through the whole model, ``drawn``: whether the seed matters.
     """
 
     suite: str
@@ -146,6 +158,11 @@ class Row:
     weights: Mapping[str, int] = field(default_factory=dict)
     activations: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    size: float | None = None
+    ratio: float | None = None
+    documents: tuple[float, ...] = ()
+    backprop: bool = False
+    drawn: bool = True
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -155,15 +172,18 @@ class Row:
 def run(row: Row, peer: Peer, suite: Path, minutes: float | None = None) -> Row:
     """``row`` with what came of it; never raises for what a peer does. ``minutes`` stands in for the setting's own."""
     setting = peer.settings[row.setting]
-    row = replace(row, kind=setting.kind)
+    row = replace(row, kind=setting.kind, drawn=setting.drawn)
     if not peer.python.exists():
         return replace(row, status="missing", reason=f"not installed: python bench/harness.py install --peer {row.peer}")
-    weights, activations = bits_of(row.bits)
+    text = (suite / "score.npz").exists()
+    weights, activations = (0, 0) if text else bits_of(row.bits)
     with tempfile.TemporaryDirectory(prefix="roundel-bench-") as name:
         out = Path(name)
         task = {"suite": str(suite), "setting": row.setting, "weights": weights, "activations": activations, "seed": row.seed,
-                "scratch": name, "minutes": setting.minutes if minutes is None else minutes}  # fmt: skip
-        command = [str(peer.python), str(HERE / "child.py"), str(peer.file), json.dumps(task), name]
+                "scratch": name, "minutes": setting.minutes if minutes is None else minutes,
+                "size": float(row.bits) if text else 0.0}  # fmt: skip
+        file = peer.tokens if text and peer.tokens else peer.file
+        command = [str(peer.python), str(HERE / "child.py"), str(file), json.dumps(task), name]
         row = replace(row, version=_version(peer))
         code, log = _child(command, out, setting.limit)
         if code is None:
@@ -219,6 +239,7 @@ def _read(row: Row, out: Path, suite: Path) -> Row:
         figures: dict[str, Any] = {key: float(told[key]) for key in ("seconds", "wall")}
         figures |= {"peak": int(told["peak"]), "note": str(told["note"])}
         figures |= {key: {str(int(b)): int(n) for b, n in told[key].items()} for key in ("weights", "activations")}
+        figures |= {"size": None if told["size"] is None else float(told["size"]), "backprop": bool(told["backprop"])}
         answer = np.load(out / "answer.npy", allow_pickle=False)
         if not isinstance(answer, np.ndarray):
             raise ValueError("answer.npy is an archive")
@@ -226,8 +247,9 @@ def _read(row: Row, out: Path, suite: Path) -> Row:
             raise ValueError("seconds are no time")
     except RUBBISH as error:
         return replace(row, status="rubbish", reason=f"no answer to read: {type(error).__name__}: {error}"[:300])
+    judge = tokens.score if (suite / "score.npz").exists() else score
     try:
-        return replace(row, **score(answer, suite), **figures)
+        return replace(row, **judge(answer, suite), **figures)
     except InputError as error:
         return replace(row, status="rubbish", reason=str(error)[:300])
 
@@ -253,16 +275,25 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = json.loads(path.read_text())["runs"]
-    return [Row(**(row | {"interval": tuple(row["interval"]) if row["interval"] else None})) for row in rows]
+    listed: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+    return [Row(**row) for row in listed]
 
 
 def write(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> None:
     """Freeze ``rows`` in a stable order."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about, "runs": [asdict(row) for row in sorted(rows, key=lambda r: r.key)]}, indent=1) + "\n"
+    text = json.dumps({**about, "runs": [_told(row) for row in sorted(rows, key=lambda r: r.key)]}, indent=1) + "\n"
+    text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)  # a list of numbers on one line
     aside = path.with_suffix(".tmp")
     aside.write_text(text)
     aside.replace(path)
+
+
+def _told(row: Row) -> dict[str, Any]:
+    """A row without what only the other kind of suite has."""
+    images = row.bits.startswith("W")
+    left = ("size", "ratio", "documents", "backprop", "drawn") if images else ("top1", "weights", "activations")
+    return {key: value for key, value in asdict(row).items() if key not in left}
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -281,6 +312,13 @@ class Line:
     peak: float | None
     low: float | None
     high: float | None
+    size: float | None = None
+    ratio: float | None = None
+    documents: tuple[float, ...] = ()
+
+    @property
+    def drawn(self) -> bool:
+        return self.first.drawn
 
     @property
     def name(self) -> str:
@@ -293,9 +331,14 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
     def order(row: Row) -> tuple[Any, ...]:
         at = known.get((row.peer, row.setting), len(known))
-        return row.suite, row.kind, *(-b for b in bits_of(row.bits)), at, row.peer, row.setting
+        return row.suite, row.kind, *(-b for b in _widths(row.bits)), at, row.peer, row.setting
 
     return [_line(list(group)) for _, group in groupby(sorted(rows, key=lambda r: (*order(r), r.seed)), key=order)]
+
+
+def _widths(bits: str) -> tuple[float, ...]:
+    """What rows are ordered by: W4A8, or a size such as 4.25."""
+    return (float(bits),) if bits.replace(".", "", 1).isdigit() else bits_of(bits)
 
 
 def _line(runs: list[Row]) -> Line:
@@ -308,7 +351,9 @@ def _line(runs: list[Row]) -> Line:
     ends = [row.interval for row in good if row.interval]
     low, high = (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else (None, None)
     first = next(iter(good), runs[0])
-    return Line(first, len(good), mean("kl"), mean("flips"), mean("top1"), mean("seconds"), mean("peak"), low, high)
+    documents = tuple(map(float, np.mean([row.documents for row in good], 0))) if first.documents else ()
+    return Line(first, len(good), mean("kl"), mean("flips"), mean("top1"), mean("seconds"), mean("peak"), low, high,
+                mean("size"), mean("ratio"), documents)  # fmt: skip
 
 
 def beaten(found: Sequence[Line]) -> Iterator[tuple[Line, list[Line]]]:
@@ -361,14 +406,17 @@ def page(record: Path) -> str:
     head = "| toolkit | setting | seeds | KLD [95 %] | flips | top-1 | CPU s | peak MB | weights | edges | |"
     for (suite, kind), group in groupby(lines(rows), key=lambda line: (line.first.suite, line.first.kind)):
         shape = about["suites"][suite]
+        text = "tokens" in shape
         out += [f"## {suite}{', trained (QAT)' if kind == 'qat' else ''}", ""]
-        out += [f"{shape['weights']} weights, {shape['sites']} edges; {shape['calibrate']} examples calibrate, "
+        out += [tokens.about(shape) if text else
+                f"{shape['weights']} weights, {shape['sites']} edges; {shape['calibrate']} examples calibrate, "
                 f"{shape['score']} others score; float top-1 {100 * shape['top1']:.2f} %.", ""]  # fmt: skip
-        for bits, part in groupby(list(group), key=lambda line: line.first.bits):
+        everything = list(group)
+        for bits, part in groupby(everything, key=lambda line: line.first.bits):
             found = list(part)
-            out += [f"### {bits}", "", head, "| --- " * 11 + "|"]
+            out += [f"### {bits}{' bits' if text else ''}", "", tokens.HEAD if text else head, "| --- " * 11 + "|"]
             out += [_cells(line, shape) for line in found]
-            out += ["", sentence(found, bits)]
+            out += ["", tokens.sentence(everything, bits, OURS) if text else sentence(found, bits)]
             if left := _not_run(found, suite, kind, bits):
                 out += ["", f"Not run: {', '.join(left)}."]
             out += [""]
@@ -382,7 +430,7 @@ def _not_run(found: Sequence[Line], suite: str, kind: str, bits: str) -> list[st
         f"{name} {key}"
         for name, peer in peers().items()
         for key, setting in peer.settings.items()
-        if suite in setting.suites and kind == setting.kind and bits in setting.bits
+        if suite in setting.suites and kind == setting.kind and bits in (*setting.bits, *setting.sizes)
     ]
     return [name for name in asked if name not in there]
 
@@ -391,7 +439,10 @@ def _cells(line: Line, shape: Mapping[str, int]) -> str:
     row = line.first
     head = f"| {row.peer} {row.version} | {row.setting} | "
     if line.kl is None:
-        return head + f"0 | {row.status} {'| ' * 7}{_plain(row.reason)} |"
+        empty = f"– | 0 | {row.status} {'| ' * 6}" if "tokens" in shape else f"0 | {row.status} {'| ' * 7}"
+        return head + empty + f"{_plain(row.reason)} |"
+    if row.size is not None:
+        return head + " | ".join([*tokens.cells(line), _plain(row.note)]) + " |"
     said = [_sites(row.weights, shape["weights"]), _sites(row.activations, shape["sites"])]
     peak = "–" if line.peak is None else f"{line.peak / 1e6:.0f}"
     figures = [f"{line.kl:.4f} [{line.low:.4f}, {line.high:.4f}]", f"{100 * (line.flips or 0):.2f} %",
@@ -426,22 +477,21 @@ _cache = click.option(
 )
 _peer = click.option("--peer", "names", multiple=True, help="Only these peers.")
 _results = click.option(
-    "--record",
-    type=click.Path(path_type=Path),
-    default=RESULTS / "cnn.json",
-    help="The frozen file; by default bench/results/cnn.json.",
+    "--record", type=click.Path(path_type=Path), help="The frozen file; by default bench/results/cnn.json, or lm.json with --lm."
 )
+_lm = click.option("--lm", is_flag=True, help="Language models, not image networks.")
 
 
 @cli.command("install")
 @_cache
 @_peer
-def install_(cache: Path, names: Sequence[str]) -> None:
+@_lm
+def install_(cache: Path, names: Sequence[str], lm: bool) -> None:
     """A virtual environment per peer; a peer that cannot be installed is said so and will be a row that is missing."""
     table = HERE / "peers.toml"
     first = f"torch=={tomllib.loads(table.read_text())['torch']}"
     for name, peer in _chosen(peers(table, cache), names):
-        if name == OURS:
+        if name == OURS or not (names or any(setting.sizes if lm else setting.bits for setting in peer.settings.values())):
             continue
         try:
             install(name, peer, first)
@@ -455,64 +505,85 @@ def install_(cache: Path, names: Sequence[str]) -> None:
 @_peer
 @_results
 @click.option("--suite", "suite_names", multiple=True, help="Only these suites.")
+@_lm
+@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="This folder of a language model, on the text of the data folder.")  # fmt: skip
 @click.option("--setting", "settings", multiple=True, help="Only these settings.")
-@click.option("--bits", "widths", multiple=True, help="Only these widths, such as W4A8.")
+@click.option("--bits", "widths", multiple=True, help="Only these widths, such as W4A8, or sizes, such as 4.5.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these calibration draws.  [default: 1, 2, 3]")
 @click.option("--kind", type=click.Choice(["ptq", "qat"]), help="Only quantization after training, or only training.")
 @click.option("--minutes", type=float, help="CPU time of settings that train, in place of what peers.toml says.")
 @click.option("--again", is_flag=True, help="Also what is on record.")
-def run_(cache: Path, names: Sequence[str], record: Path, suite_names: Sequence[str], settings: Sequence[str],
-         widths: Sequence[str], seeds: Sequence[int], kind: str | None, minutes: float | None, again: bool) -> None:  # fmt: skip
+def run_(cache: Path, names: Sequence[str], record: Path | None, lm: bool, model: Path | None, suite_names: Sequence[str],
+         settings: Sequence[str], widths: Sequence[str], seeds: Sequence[int], kind: str | None, minutes: float | None,
+         again: bool) -> None:  # fmt: skip
     """Run, score and freeze; each row is on record as soon as it is there."""
-    from suites import SEEDS, SUITES, make
+    from suites import SEEDS, SUITES, TEXTS, folder_texts, make, write_texts
 
-    known = _chosen(SUITES, suite_names)
+    text = lm or model is not None
+    record_given, record = record, record or RESULTS / ("lm.json" if text else "cnn.json")
+    table: Mapping[str, Any] = TEXTS if text else SUITES
+    if model is not None:  # what a caller brought is told apart by its bytes, and is not for the repository
+        name = f"{model.name}-{_digest(model)}"
+        table, record = {name: partial(folder_texts, model)}, (record_given or cache / f"{name}.json")
     who = _chosen(peers(cache=cache), names)
     for seed in seeds or SEEDS:
-        for suite, given in known:
+        for suite, given in _chosen(table, suite_names):
             folder = cache / "suites" / suite
             if not (folder / "suite.json").exists():
-                make(given, folder)
+                (write_texts if text else make)(given, folder)
             for name, peer in who:
-                for row in _asked(suite, name, peer, settings, widths, seed, kind):
+                for row in _asked(suite, name, peer, settings, widths, seed, kind, text):
                     if not again and row.key in {found.key for found in read(record)}:
                         continue
                     found = run(row, peer, folder, minutes=minutes)
                     others = [other for other in read(record) if other.key != found.key]  # as it is now: runs take minutes
-                    write(record, [*others, found], _about(cache))
+                    write(record, [*others, found], _about(cache, {suite, *(other.suite for other in others)}, text))
                     record.with_suffix(".md").write_text(page(record))
                     click.echo(f"{suite} {name} {row.setting} {row.bits} seed {seed}: {found.status} {found.reason}"
                                + (f"KLD {found.kl:.4f}, {found.seconds:.1f} s CPU" if found.kl is not None else ""))  # fmt: skip
 
 
+def _digest(folder: Path) -> str:
+    """Eight letters that stand for the weights in a folder."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
+
+
 def _asked(suite: str, name: str, peer: Peer, settings: Sequence[str], widths: Sequence[str], seed: int,
-           kind: str | None) -> Iterator[Row]:  # fmt: skip
+           kind: str | None, text: bool = False) -> Iterator[Row]:  # fmt: skip
+    """The runs of a peer on a suite; a model that a caller brought is treated like the bench model."""
     for key, setting in peer.settings.items():
-        wanted = (not settings or key in settings) and suite in setting.suites and kind in (None, setting.kind)
-        for bits in setting.bits if wanted else ():
+        named = suite if not text or suite in ("stories260K", "benchlm") else "benchlm"
+        wanted = (not settings or key in settings) and named in setting.suites and kind in (None, setting.kind)
+        for bits in (setting.sizes if text else setting.bits) if wanted and (setting.drawn or seed == 1) else ():
             if not widths or bits in widths:
                 yield Row(suite, name, key, bits, seed)
 
 
-def _about(cache: Path) -> dict[str, Any]:
+def _about(cache: Path, suites: Collection[str], text: bool) -> dict[str, Any]:
     """What stands beside the runs."""
     from datetime import UTC, datetime
 
-    found = sorted((cache / "suites").glob("*/suite.json"))
+    found = {name: json.loads((cache / "suites" / name / "suite.json").read_text()) for name in sorted(suites)}
     return {
-        "title": "Convolutional networks: Roundel and other toolkits",
-        "command": "`make bench-cnn` (written by bench/harness.py; what the columns mean: bench/README.md)",
+        "title": f"{'Language models' if text else 'Convolutional networks'}: Roundel and other toolkits",
+        "command": f"`make bench-{'lm' if text else 'cnn'}` (written by bench/harness.py; what the columns mean: bench/README.md)",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"one thread of a CPU with {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
         f"numpy {importlib.metadata.version('numpy')}",
-        "suites": {path.parent.name: json.loads(path.read_text()) for path in found},
+        "suites": found,
     }
 
 
 @cli.command("table")
 @_results
-def table_(record: Path) -> None:
+@_lm
+def table_(record: Path | None, lm: bool) -> None:
     """Write the Markdown beside the frozen file, and print its sentences."""
+    record = record or RESULTS / ("lm.json" if lm else "cnn.json")
     text = page(record)
     record.with_suffix(".md").write_text(text)
     click.echo(text)

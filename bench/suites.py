@@ -1,11 +1,13 @@
-"""Suites: a model and its images as files that every peer's environment can read, and the truth that only the harness reads.
+"""Suites: a model and its data as files that every peer's environment can read, and the truth that only the harness reads.
 
-Networks of images and sounds are here. Language models are not: theirs will be another maker in `SUITES`, with ids for images.
+`SUITES` are networks of images and sounds, `TEXTS` language models and documents; nothing is quantized here.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,8 +23,9 @@ from torch import Tensor, fx, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from measure import CASES, _draw  # noqa: E402 - scripts/ and tests/ are no packages
+from measure import CASES, DATA, _draw  # noqa: E402 - scripts/ and tests/ are no packages
 from models import Shortcut  # noqa: E402
+from task import Ids, write_documents  # noqa: E402
 
 import roundel as rd  # noqa: E402
 from roundel.data import Batch  # noqa: E402
@@ -141,3 +144,75 @@ def make(suite: Suite, folder: Path, seeds: Sequence[int] = SEEDS) -> None:
     weighted = [node for node in graph.nodes if node.op in ("conv", "linear")]
     shape = {"weights": len(weighted), "sites": len(find_sites(graph).origin), "calibrate": len(pool), "score": len(x)}
     (folder / "suite.json").write_text(json.dumps(shape | {"top1": float((real.argmax(1) == y).float().mean())}, indent=1))
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+#: Tokens of a document of the bench model, and how many documents calibrate and score.
+LENGTH, LEARN, SCORE = 256, 100, 60
+BENCH_MODEL = Path.home() / ".cache" / "roundel" / "bench-lm-0"  # scripts/train_bench_lm.py
+
+
+@dataclass(frozen=True)
+class Texts:
+    """``folder`` is what transformers loads; the documents are token ids (tokens,), those to score unseen by any toolkit."""
+
+    folder: Path
+    calibrate: Sequence[Ids]
+    score: Sequence[Ids]
+
+
+def _stories() -> Texts:
+    ids = json.loads((DATA / "stories260K" / "ids.json").read_text())
+    return Texts(DATA / "stories260K", *([np.asarray(d, np.int64) for d in ids[name]] for name in ("calib", "eval")))
+
+
+def folder_texts(folder: Path) -> Texts:
+    """Any folder, on the texts of the data folder: documents of `LENGTH` tokens at equal distances, calibration from the first 19
+    twentieths of each source, which is what the bench model learned from, scoring from the last."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = min(LENGTH, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", LENGTH))
+    learn: list[Ids] = []
+    score: list[Ids] = []
+    for name in ("tinystories", "wikitext2_valid", "wikitext2_test"):
+        whole = lzma.decompress((DATA / "text" / f"{name}.txt.xz").read_bytes()).decode()
+        cut = len(whole) * 19 // 20
+        for text, into in ((whole[:cut], learn), (whole[cut:], score)):
+            starts = np.linspace(0, len(text) - 16 * length, LEARN, dtype=int)  # 16 letters a token are enough
+            found = (np.asarray(tokenizer(text[at : at + 16 * length])["input_ids"][:length], np.int64) for at in starts)
+            into += [ids for ids in found if len(ids) == length]
+    even = [[part[i] for i in np.linspace(0, len(part) - 1, n, dtype=int)] for part, n in ((learn, LEARN), (score, SCORE))]
+    return Texts(folder, *even)
+
+
+TEXTS: dict[str, Callable[[], Texts]] = {"stories260K": _stories, "benchlm": lambda: folder_texts(BENCH_MODEL)}
+
+
+def write_texts(given: Callable[[], Texts], folder: Path, seeds: Sequence[int] = SEEDS) -> None:
+    """Write a suite of texts: for peers ``model/`` (float32), ``calibrate-SEED.npz`` (all documents, in an order of the draw's own)
+    and ``score.npz``; for the harness ``truth.npz`` and ``suite.json``, which comes last."""
+    from transformers import AutoModelForCausalLM
+
+    texts = given()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = AutoModelForCausalLM.from_pretrained(texts.folder, dtype=torch.float32).eval()
+    model.save_pretrained(folder / "model")
+    for file in texts.folder.glob("*token*"):
+        shutil.copyfile(file, folder / "model" / file.name)
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(texts.calibrate))
+        write_documents(folder / f"calibrate-{seed}.npz", [texts.calibrate[i] for i in order])
+    write_documents(folder / "score.npz", texts.score)
+    ids = [torch.from_numpy(d) for d in texts.score]
+    with torch.no_grad():
+        real = [model(input_ids=d[None], use_cache=False).logits[0] for d in ids]
+    np.savez(folder / "truth.npz", outputs=torch.cat(real), ids=np.concatenate(texts.score), sizes=[len(d) for d in texts.score])
+    losses = torch.cat([F.cross_entropy(y[:-1], d[1:], reduction="none") for y, d in zip(real, ids, strict=True)])
+    layers = [m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
+    shape = {"parameters": sum(p.numel() for p in model.parameters()), "numbers": sum(w.numel() for w in layers),
+             "weights": len(layers), "calibrate": len(texts.calibrate), "score": len(ids), "tokens": sum(map(len, ids)),
+             "loss": float(losses.double().mean())}  # fmt: skip
+    (folder / "suite.json").write_text(json.dumps(shape, indent=1))

