@@ -402,7 +402,7 @@ def page(record: Path) -> str:
     """The Markdown of a frozen file; figures come from nowhere else."""
     about = json.loads(record.read_text())
     rows = read(record)
-    out = [f"# {about['title']}", "", about["command"], "", f"Frozen {about['date']}: {about['machine']}.", ""]
+    out = [f"# {about['title']}", "", about["command"], "", f"Last run {about['date']}: {about['machine']}.", ""]
     head = "| toolkit | setting | seeds | KLD [95 %] | flips | top-1 | CPU s | peak MB | weights | edges | |"
     for (suite, kind), group in groupby(lines(rows), key=lambda line: (line.first.suite, line.first.kind)):
         shape = about["suites"][suite]

@@ -1,6 +1,6 @@
 """Weight-only tables at equal bytes, as Markdown: stories260K by KLD, MiniLM by 1 - cosine, ResNet-20 by KL; it judges no figure.
 
-    python scripts/lm.py stories            budgets in bits, solved and tuned end to end
+    python scripts/lm.py stories            sizes in bits, by effort
     python scripts/lm.py solvers            what each solver alone makes of a format, plain and guided Hessians
     python scripts/lm.py sizes              what is measured to choose a format within a size, beside the KLD that it stands for
     python scripts/lm.py minilm             all linear layers of all-MiniLM-L6-v2
@@ -14,12 +14,12 @@ one thread's CPU time.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import click
 import torch
-import torch.nn.functional as F
 from measure import CASES, _cosine, _embed, _neighbours
 from torch import Tensor, nn
 
@@ -27,24 +27,12 @@ import roundel as rd
 from roundel.data import Batch
 from roundel.fisher import hessians
 from roundel.formats import QTensor
-from roundel.plan import Plan, Rule
 from roundel.quantize.networks import find_network
 from roundel.quantize.sizes import best, mean_squares
 from roundel.solvers import NEED_HESSIAN, SOLVERS, solved
-from roundel.tune.endtoend import RATES, Teaching, tune_model
 
-#: Bits -> (format, format of the layers that most depends on, their patterns); tables are one per tensor, scales int8 per row.
-BUDGETS: Mapping[float, tuple[str, str, tuple[str, ...]]] = {
-    4.5: ("cb16@tensor/channel*int8", "cb32@tensor/channel*int8", ("*.down_proj", "*.v_proj")),
-    4.25: ("cb16@tensor/channel*int8", "cb32@tensor/channel*int8", ("*.o_proj",)),
-    3.5: ("cb8@tensor/channel*int8", "cb16@tensor/channel*int8", ("*.down_proj", "*.o_proj")),
-    3.25: ("cb8@tensor/channel*int8", "cb16@tensor/channel*int8", ("*.o_proj",)),
-    2.5: ("cb4@tensor/channel*int8", "cb8@tensor/channel*int8", ("*.down_proj", "*.o_proj")),
-    2.25: ("cb4@tensor/channel*int8", "cb8@tensor/channel*int8", ("*.o_proj",)),
-}
-
-#: Tokens of a training example, and examples of a training batch.
-LENGTH, BATCH = 256, 8
+#: Sizes that the field compares at, in bits.
+SIZES = (4.5, 4.25, 3.5, 3.25, 2.5, 2.25)
 
 
 @click.group(help=__doc__, context_settings={"max_content_width": 120})
@@ -80,37 +68,11 @@ def solve(q: rd.QModel, real: nn.Module, solver: str, moments: Mapping[str, Tens
 # -- stories260K ------------------------------------------------------------------------------------------------------
 
 
-def chunks(documents: Sequence[Tensor], seed: int = 1, size: int = BATCH) -> list[Batch]:
-    """Token ids joined, cut to `LENGTH` and shuffled into batches."""
-    ids = torch.cat([d.flatten() for d in documents])
-    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    return [Batch((part,)) for part in rows.split(size)]
-
-
-@torch.no_grad()
-def sampled(model: nn.Module, count: int, seed: int = 0) -> Tensor:
-    """(count, LENGTH) token ids drawn from the float model itself, of which there is no end (Liu et al. 2023, "LLM-QAT")."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = now = torch.full((count, 1), 1)
-    past = None
-    for _ in range(LENGTH - 1):
-        out = model(now, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        now = torch.multinomial(F.softmax(out.logits[:, -1], -1), 1, generator=generator)
-        ids = torch.cat([ids, now], 1)
-    return ids
-
-
 def stories() -> tuple[nn.Module, list[Batch], list[Batch], list[Batch]]:
     """The model, what it learns from, what judges, what scores."""
     case = CASES["stories260K"]
     documents = list(case.calibrate())
     return case.model().eval(), documents[:80], documents[80:], list(case.score())
-
-
-def first(batch: Batch) -> Tensor:
-    return next(iter([*batch.args, *batch.named.values()]))
 
 
 def story_row(what: str, q: rd.QModel, real: nn.Module, score: Sequence[Batch], seconds: float, more: str = "") -> None:
@@ -124,41 +86,31 @@ def story_row(what: str, q: rd.QModel, real: nn.Module, score: Sequence[Batch], 
 STORY = ("what", "bits", "KLD mean [95 %]", "p99", "flips", "perplexity ratio", "seconds", "")
 
 
-def rounded(real: nn.Module, text: str, high: str = "", patterns: Sequence[str] = ()) -> rd.QModel:
+HEAD = ("model.embed_tokens", "lm_head")
+
+
+def rounded(real: nn.Module, text: str) -> rd.QModel:
     """Rounded to nearest, embedding and head float."""
-    plan = Plan.of(text, None, ("model.embed_tokens", "lm_head"))
-    return rd.quantize(real, plan=Plan((*plan.rules[:1], *(Rule(p, high) for p in patterns), *plan.rules[1:])))
+    return rd.quantize(real, text, exclude=HEAD)
 
 
 @cli.command("stories")
-@click.option("--budget", "budgets", multiple=True, type=float, default=tuple(BUDGETS), help="Only these.")
-@click.option("--steps", default=200, show_default=True, help="Steps of end-to-end tuning.")
-@click.option("--samples", default=400, show_default=True, help="Examples drawn from the model itself.")
-@click.option("--batch", default=BATCH, show_default=True, help="Examples of 256 tokens a step.")
-@click.option("--rate", type=float, help="Learning rate of the weights; without it by the bits.")
-@click.option("--solver", default="descent", show_default=True)
-@click.option("--quick", is_flag=True, help="Score only what was tuned.")
-def stories_(budgets: Sequence[float], steps: int, samples: int, batch: int, rate: float | None, solver: str, quick: bool) -> None:
-    """Budgets on stories260K: solved with guided Hessians, then tuned end to end."""
+@click.option("--bits", "sizes", multiple=True, type=float, default=SIZES, help="Only these.")
+@click.option("--effort", default="best", show_default=True)
+@click.option("--budget", default="50s", show_default=True, help="Of effort best.")
+def stories_(sizes: Sequence[float], effort: str, budget: str) -> None:
+    """Sizes on stories260K, by effort."""
     real, learn, held, score = stories()
-    start = time.process_time()
-    text = [first(b) for b in learn] + ([sampled(real, samples)] if samples else [])
-    drawn = time.process_time() - start
     head(*STORY)
-    for budget in budgets:
-        fmt, high, patterns = BUDGETS[budget]
+    for size in sizes:
         start = time.process_time()
-        q = rounded(real, fmt, high, patterns)
-        q, *_ = solve(q, real, solver, hessians(real, learn, set(q.tensors), guided=True))
-        middle = time.process_time() - start
-        name = f"{budget} bits: `{fmt}`" + (f", `{high}` for {', '.join(patterns)}" if high else "")
-        if not quick:
-            story_row(f"{name}, {solver}", q, real, score, middle)
-        start = time.process_time()
-        # the fewer the bits, the farther the weights have to move
-        rates = {**RATES, "weights": rate or {2: 1e-2, 3: 5e-3, 4: 3e-3}[int(budget)]}
-        q = tune_model(q, real, chunks(text, size=batch), held, Teaching(steps=steps, rates=rates, start="codes"))
-        story_row(f"{name}, tuned", q, real, score, middle + drawn + time.process_time() - start, q.notes[-1].text)
+        q = rd.quantize(real, f"{size:g} bits", data=[*learn, *held], exclude=HEAD, effort=effort,
+                        budget=budget if effort == "best" else None)  # fmt: skip
+        seconds = time.process_time() - start
+        formats = Counter(str(t.format) for t in q.tensors.values())
+        steps = next((note.text for note in q.notes if note.text.startswith("end-to-end tuning of")), "")
+        told = ", ".join(f"{count} x `{text}`" for text, count in sorted(formats.items()))
+        story_row(f"{size:g} bits", q, real, score, seconds, f"{told}; {steps}")
 
 
 @cli.command("sizes")

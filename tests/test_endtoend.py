@@ -261,7 +261,7 @@ def test_the_step_is_for_modules_alone() -> None:
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(40, 6)
     network = find_network(net, [Batch((x,))], [])
     q = rd.quantize(net, "int3", data=[x])
-    assert STEPS["guided descent"].make(Rung(network, q), Means(lambda _: q, q.plan, [Batch((x,))])) is None
+    assert STEPS["guided descent"].make(Rung(network, q), Means(lambda _: q, q.plan, q.plan, [Batch((x,))])) is None
 
 
 @pytest.mark.proves("tune.endtoend")

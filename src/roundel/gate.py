@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,20 +125,20 @@ def judge(before: Losses, after: Losses) -> Verdict:
 
 
 def choose(
-    parts: Sequence[str], measure: Callable[[frozenset[str]], Losses], none: Losses, passes: int
+    parts: Sequence[str], measure: Callable[[frozenset[str]], Losses], none: Losses, passes: int, seconds: float = math.inf
 ) -> tuple[frozenset[str], Losses, Verdict]:
     """Which parts of a step stay: (those, the losses with them, the verdict on the whole step).
 
     ``measure`` gives the losses with some parts of the step in place, ``none`` are those without any. The whole is judged first.
-    Then, by bisection and within ``passes`` measurements, groups of parts are turned round, taken back from a step that stays or
-    let in from one that does not, wherever the gain is certain, and each group is cut in two in its turn.
+    Then, by bisection, within ``passes`` measurements and ``seconds``, groups of parts are turned round, taken back from a step
+    that stays or let in from one that does not, wherever the gain is certain, and each group is cut in two in its turn.
     """
     best, whole = none, measure(frozenset(parts))
     verdict, kept = judge(none, whole), frozenset[str]()
     if verdict.kept:
         best, kept = whole, frozenset(parts)
-    groups = deque(_halves(parts))
-    while groups and passes > 0:
+    groups, end = deque(_halves(parts)), time.monotonic() + seconds
+    while groups and passes > 0 and time.monotonic() < end:
         group, passes = groups.popleft(), passes - 1
         turned = kept ^ frozenset(group)
         losses_turned = measure(turned)

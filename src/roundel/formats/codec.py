@@ -447,7 +447,7 @@ def _present(fmt: Format, x: Tensor) -> list[Params]:
             return []
     kept = _exact_somewhere(fmt, sample, _ideas(fmt, sample))
     every = _ideas(fmt, x) if kept else []
-    return [every[i] for i in kept]
+    return [every[i] for i in kept] if every else []
 
 
 def _ideas(fmt: Format, x: Tensor) -> list[Params]:
@@ -462,6 +462,8 @@ def _ideas(fmt: Format, x: Tensor) -> list[Params]:
     elif isinstance(fmt.grid, Uniform):
         step = _spacing(x if fmt.min is not None else torch.cat([x, torch.zeros_like(peak)], 1), fmt.bits)
         reach = peak if fmt.min is None else hi - lo
+        if not (reach / step).round().le(fmt.extremes[1] - fmt.extremes[0]).any():
+            return []  # the numbers lie closer than the levels of any idea
         both = fmt.signed and fmt.zero is None and fmt.min is None and fmt.bits < 8
         for parts in range(1, 9):
             exact = torch.where(torch.isfinite(step), reach / (reach / step * parts).round().clamp(min=1), torch.zeros(()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,10 +59,10 @@ def quantize(
     """Quantize ``model`` after training.
 
     ``weights`` is a format text, or a size such as "4.25 bits" (all bytes of the quantized weights * 8 / their number), within
-    which the format is taken that loses least of them, as the notes tell. ``activations`` is None (computed in float), a format
-    text (static: ranges from ``data``), or one with ``:dynamic`` (ranges at run time, of the inputs of weighted layers) such as
-    ``int8:dynamic`` and ``int8/token:dynamic``, or with ``:running`` (static ones that then follow what passes, see
-    docs/adaptive.md).
+    which the format is taken that loses least of them, as the notes tell; effort best then tries one for each weight.
+    ``activations`` is None (computed in float), a format text (static: ranges from ``data``), or one with ``:dynamic`` (ranges at
+    run time, of the inputs of weighted layers) such as ``int8:dynamic`` and ``int8/token:dynamic``, or with ``:running`` (static
+    ones that then follow what passes, see docs/adaptive.md).
     ``effort`` is fast (round to nearest, seconds), default (equalization, 16 bits where parts of very different size are joined,
     GPTQ; minutes) or best (then each block is trained towards the float block's outputs, for as long as ``budget`` says, such as
     "5min"); all correct the biases of a graph. Such a step is kept only if it brings the model nearer to the float one on every
@@ -91,12 +92,13 @@ def quantize(
         from ..readers import read
 
         model, path = read(path), None
-    refuse(model if path is None else nn.Module(), solver, effort, data is not None)
+    refuse(model if path is None else nn.Module(), solver, effort, EFFORTS, data is not None)
     if guided and solver not in NEED_HESSIAN:
         raise PlanError(f"guided=True is about the Hessians of a solver: name one, {' or '.join(sorted(NEED_HESSIAN))}")
     if path is not None:
         refuse_streamed(effort, solver, budget, loss, guided)
     seconds = seconds_of(budget, effort)
+    end = None if seconds is None else time.monotonic() + seconds
     if loss is not None and not (isinstance(loss, int | float) and loss > 0):
         raise PlanError(f"loss={loss!r}: the divergence to stop at is a number above 0")
     plan = _rules(weights, activations, exclude, plan)
@@ -142,7 +144,7 @@ def quantize(
 
     with one_thread(), evaluating(model):
         if items is not None:
-            q = climb(network, near, plan, items, Effort(effort, solver, seconds, loss, seed, guided), progress, notes)
+            q = climb(network, near, plan, asked, items, Effort(effort, solver, end, loss, seed, guided), progress, notes)
         else:
             q = near(network)
             if effort != "fast" and solver is None:

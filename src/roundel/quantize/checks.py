@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,9 @@ from ..plan import Choice
 from ..qmodel import Note, QModel
 from ..solvers import NEED_HESSIAN, SOLVERS
 from .networks import Network, some
-from .steps import EFFORTS
 
 
-def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
+def refuse(model: object, solver: str | None, effort: str, efforts: Collection[str], data: bool) -> None:
     """Models and options that cannot be quantized with."""
     if isinstance(model, QModel):
         raise PlanError("this model is quantized already; start from the float model")
@@ -32,8 +31,8 @@ def refuse(model: object, solver: str | None, effort: str, data: bool) -> None:
         )
     if solver is not None and solver not in SOLVERS:
         raise PlanError(f"there is no solver {solver!r}; there are {', '.join(SOLVERS)}")
-    if effort not in EFFORTS:
-        raise PlanError(f"there is no effort {effort!r}; there are {', '.join(EFFORTS)}")
+    if effort not in efforts:
+        raise PlanError(f"there is no effort {effort!r}; there are {', '.join(efforts)}")
     if solver in NEED_HESSIAN and not data:
         raise PlanError(f"the solver {solver} learns from the inputs of each layer: pass data=")
     for name, child in model.named_modules():

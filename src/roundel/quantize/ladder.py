@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,16 +29,19 @@ EXAMPLES = 512
 #: Measurements that `choose` may spend on the parts of one step; fast takes steps whole or not at all.
 PASSES = {"fast": 0, "default": 16, "best": 16}
 
+#: Under a budget of time, the share of a step's time that `choose` may spend on its parts.
+JUDGING = 0.3
+
 
 @dataclass(frozen=True)
 class Effort:
-    """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; within ``seconds``; no farther than
-    to a ``loss``, the mean KL divergence from the float model on held-out examples, or squared error where outputs are no
-    classes."""
+    """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; until ``end`` on the monotonic
+    clock, which ends what trains; no farther than to a ``loss``, the mean KL divergence from the float model on held-out examples,
+    or squared error where outputs are no classes."""
 
     level: str = "fast"
     solver: str | None = None
-    seconds: float | None = None
+    end: float | None = None
     loss: float | None = None
     seed: int = 0
     guided: bool = False
@@ -47,6 +51,7 @@ def climb(
     network: Network,
     near: Callable[[Network], QModel],
     plan: Plan,
+    asked: Plan,
     items: list[Batch],
     effort: Effort,
     progress: Progress | None,
@@ -54,12 +59,11 @@ def climb(
 ) -> QModel:
     """``near(network)`` after the steps of ``effort``, those that were measured to help. A solver that was named is not judged, and
     no step then chooses codes anew."""
-    end = None if effort.seconds is None else time.monotonic() + effort.seconds
     rung = Rung(network, near(network))
     if not rung.q.tensors:
         return rung.q
     learn, held = (_limited(part, network.whole) for part in split(items, whole=network.whole))
-    judges, means = sum(map(len, held)), Means(near, plan, learn, end, effort.seed, progress)
+    judges, means = sum(map(len, held)), Means(near, plan, asked, learn, effort.end, effort.seed, progress)
     names = [name for name in EFFORTS[effort.level] if isinstance(network, GraphNetwork) or not STEPS[name].graph]
     names = [name for name in names if effort.solver is None or not STEPS[name].codes]
 
@@ -119,6 +123,7 @@ def listed(names: Sequence[str]) -> str:
 def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losses], loss: Losses, most: int,
            notes: list[Note]) -> tuple[Rung, Losses]:  # fmt: skip
     """The rung that stays after a step, with its losses."""
+    start = time.monotonic()
     try:
         new = STEPS[name].make(old, means)
         if new is None:
@@ -133,7 +138,8 @@ def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losse
         def measure_with(chosen: frozenset[str]) -> Losses:
             return measure(_mixed(old.q, new.q, chosen, layers))
 
-        kept, best, verdict = choose(layers or ["model"], measure_with, loss, passes)
+        spare = math.inf if means.end is None else JUDGING * (time.monotonic() - start)
+        kept, best, verdict = choose(layers or ["model"], measure_with, loss, passes, spare)
     except (InputError, FormatError) as err:
         notes.append(Note("model", f"{name} not kept: {err}"))
         return old, loss

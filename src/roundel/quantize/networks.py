@@ -106,7 +106,7 @@ class GraphNetwork:
             if which:
                 told = f"{what} is {FINE}, not {plan.rules[at].activation}: {some(which)}{but}"
                 notes.append(Note("model", f"{told}; a rule of a plan for these sites has the last word"))
-        fine = tuple(Rule(_literally(site), activation=FINE) for site in sites)
+        fine = tuple(Rule(literally(site), activation=FINE) for site in sites)
         return Plan((*plan.rules[: at + 1], *fine, *plan.rules[at + 1 :]))
 
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
@@ -204,16 +204,22 @@ class ModuleNetwork:
 Network = GraphNetwork | ModuleNetwork
 
 
-def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callable[..., QTensor], seed: int,
-                  asked: bool, progress: Progress | None) -> QModel:  # fmt: skip
-    """``q`` with every weight solved on guided Hessians of the float network. Where a backward pass, or all Hessians at a time, do
-    not fit in memory, or the network gives no gradients, the Hessians are those that the sweep finds, and a note says so: a
-    fall-back where guided ones were ``asked`` for."""
+def guided_moments(network: Network, q: QModel, items: list[Batch], seed: int) -> dict[str, Tensor]:
+    """Guided Hessians of the weights of ``q`` by name; `InputError` where a backward pass does not fit in memory, or the network
+    gives no gradients."""
     learn, wanted = units(items), set(q.tensors)
+    if (need := backward_bytes(network.module, learn, wanted)) > available():
+        raise InputError(f"a backward pass takes {size_text(need)} of memory, which is more than is free")
+    return hessians(network.module, learn, wanted, guided=True, seed=seed)
+
+
+def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callable[..., QTensor], seed: int,
+                  asked: bool, progress: Progress | None, moments: Mapping[str, Tensor] | None = None) -> QModel:  # fmt: skip
+    """``q`` with every weight solved on guided Hessians of the float network, ``moments`` where they are there already. Where a
+    backward pass, or all Hessians at a time, do not fit in memory, or the network gives no gradients, the Hessians are those that
+    the sweep finds, and a note says so: a fall-back where guided ones were ``asked`` for."""
     try:
-        if (need := backward_bytes(network.module, learn, wanted)) > available():
-            raise InputError(f"a backward pass takes {size_text(need)} of memory, which is more than is free")
-        moments = hessians(network.module, learn, wanted, guided=True, seed=seed)
+        moments = guided_moments(network, q, items, seed) if moments is None else moments
     except InputError as err:
         new = network.refined(q, items, solve, False, progress)
         return replace(new, notes=(*new.notes, Note("model", f"swept Hessians in place of guided ones: {err}", fallback=asked)))
@@ -221,10 +227,15 @@ def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callab
     solve_one, tensors = solving(network, q, solve, told, progress), dict(q.tensors)
     for name, moment in moments.items():
         tensors[name] = solve_one(name, moment)
+    return told_of(with_tensors(q, tensors), told, solve, GUIDED)
+
+
+def with_tensors(q: QModel, tensors: dict[str, QTensor], notes: tuple[Note, ...] = ()) -> QModel:
+    """``q`` with other codes for its weights."""
     structure = q.structure
     if isinstance(structure, Graph):
         structure = replace(structure, constants=Constants({**tensors, **q.rest}))
-    return told_of(replace(q, structure=structure, tensors=tensors), told, solve, GUIDED)
+    return replace(q, structure=structure, tensors=tensors, notes=(*q.notes, *notes))
 
 
 #: What a solver's Hessians were, as notes say it.
@@ -338,7 +349,7 @@ def _check_ties(table: Mapping[str, Choice | None], tied: Mapping[str, str]) -> 
             raise PlanError(f"{alias} and {first} are one tied tensor, but the plan treats them differently: name both or neither")
 
 
-def _literally(name: str) -> str:
+def literally(name: str) -> str:
     """A pattern that matches this name alone."""
     return re.sub(r"([*?[])", r"[\1]", name)
 

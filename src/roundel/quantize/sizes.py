@@ -1,5 +1,5 @@
 """The best format within a size: "4.25 bits" in a plan becomes the format that loses least of the weights it is for, measured on
-them. One format for all layers that a rule decides; sizes that differ from layer to layer are not tried."""
+them. One format for all layers that a rule decides; those that differ from layer to layer are in `mixed`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..solvers import rtn
 from .checks import check_finite
 from .networks import GraphNetwork, Network, Target, some
 
-#: Numbers of a weight that a format is tried on, at most: whole rows, evenly spaced.
-SAMPLE = 1 << 14
+#: Numbers that formats are tried on, of all weights and of one of few or of many: whole rows, evenly spaced.
+SAMPLE, MOST, LEAST = 1 << 18, 1 << 14, 1 << 12
 
 #: Families of formats: a text with {share}, and {b} bits or a table of {k}; who may share a scale, from all to few; the largest b.
 FAMILIES: tuple[tuple[str, tuple[str, ...], int], ...] = (
@@ -69,7 +69,7 @@ def fitted(plan: Plan, network: Network, notes: list[Note], items: Sequence[Batc
         bits = size_of(rule.weight)
         if bits is None or not network.targets:
             continue
-        targets, whole = _decided(plan, i, network)
+        targets, whole = decided(plan, i, network)
         weigh = mean_squares(network, items) if weigh is None and items else weigh
         offers = best(targets, bits, notes, weigh or {}, read, whole) if targets else []
         text = str(offers[0].format) if offers else FLOAT
@@ -91,7 +91,7 @@ def overdrawn(plan: Plan, chosen: Plan, network: Network, tensors: Mapping[str, 
         bits = size_of(rule.weight)
         if bits is None or not network.targets:
             continue
-        found = {t.name: tensors[t.name] for t in _decided(plan, i, network)[0] if t.name in tensors}
+        found = {t.name: tensors[t.name] for t in decided(plan, i, network)[0] if t.name in tensors}
         count = sum(torch.Size(q.shape).numel() for q in found.values())
         size = 8 * sum(q.nbytes for q in found.values())
         if size > bits * count:
@@ -101,7 +101,7 @@ def overdrawn(plan: Plan, chosen: Plan, network: Network, tensors: Mapping[str, 
     return notes
 
 
-def _decided(plan: Plan, at: int, network: Network) -> tuple[list[Target], bool]:
+def decided(plan: Plan, at: int, network: Network) -> tuple[list[Target], bool]:
     """The weights that rule ``at`` decides, and whether activations are codes whose parameters are known before they are."""
 
     def table(text: str) -> dict[str, Choice | None]:
@@ -121,13 +121,13 @@ def _with(rule: Rule, weight: str) -> Rule:
 def best(targets: Sequence[Target], bits: float, notes: list[Note], weigh: Mapping[str, Tensor],
          read: Callable[[Target], Target] = lambda target: target, whole: bool = False) -> list[Offer]:  # fmt: skip
     """The formats of at most ``bits`` for all of ``targets``, by rising error; see `fitted`."""
-    offers = candidates(Counter(_matrix(target) for target in targets), bits, whole)
+    offers = candidates(Counter(matrix(target) for target in targets), bits, whole)
     total = dict.fromkeys(offers, 0.0)
     for target in targets:
         weight = read(target).weight.detach()
         check_finite(target.name, weight)
         w = to_matrix(weight, target.axis)
-        rows = torch.arange(0, len(w), -(-len(w) // max(1, SAMPLE // w.shape[1])))
+        rows = sampled_rows(w, len(targets))
         h = weigh[target.name][rows] if target.name in weigh else None
         for offer in list(total):
             try:
@@ -160,7 +160,7 @@ def candidates(shapes: Mapping[tuple[int, int], int], bits: float, whole: bool =
                     fmt = Format.parse(text.format(b=b, k=2**b, share=share))
                 except FormatError:  # there is no fp5
                     continue
-                if whole and not _integer(fmt):
+                if whole and not integer(fmt):
                     continue
                 offer = Offer(fmt, 8 * sum(fmt.nbytes(shape) * times for shape, times in shapes.items()) / count)
                 least = offer if least is None or offer.bits < least.bits else least
@@ -176,13 +176,19 @@ def candidates(shapes: Mapping[tuple[int, int], int], bits: float, whole: bool =
     return [offer for offer in chosen if offer.format.bits >= top - 1]  # two bits fewer lose 16 times as much
 
 
-def _integer(fmt: Format) -> bool:
+def integer(fmt: Format) -> bool:
     """Whether integer arithmetic computes with weights of this format (see `integer.lower`)."""
     alone = fmt.share.cols == 0 and fmt.share.rows <= 1 and fmt.zero is None and fmt.min is None
     return alone and (isinstance(fmt.grid, Codebook) or (isinstance(fmt.grid, Uniform) and 2 <= fmt.bits <= 8))
 
 
-def _matrix(target: Target) -> tuple[int, int]:
+def sampled_rows(w: Tensor, count: int) -> Tensor:
+    """Rows on which formats are tried for one of ``count`` weights."""
+    numbers = min(MOST, max(LEAST, SAMPLE // count))
+    return torch.arange(0, len(w), -(-len(w) // max(1, numbers // w.shape[1])))
+
+
+def matrix(target: Target) -> tuple[int, int]:
     """Shape of a weight's (rows, columns) view."""
     shape = target.weight.shape
     rows = shape[target.axis] if len(shape) > 1 else 1

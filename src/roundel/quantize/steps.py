@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibrate import Progress
 from ..data import Batch
+from ..errors import InputError
 from ..graph import GraphModule
-from ..plan import FLOAT, Plan
+from ..plan import FLOAT, Plan, Rule, size_of
 from ..qmodel import Note, QModel
 from ..solvers import SOLVERS
 from ..transforms import equalize, smooth, widen
@@ -19,25 +20,31 @@ from ..tune.endtoend import Teaching, rates_of, tune_model
 from ..tune.reconstruct import reconstruct
 from ..tune.text import enough_text
 from ..tune.tuner import Tuning
-from .networks import GraphNetwork, ModuleNetwork, Network, solved_guided
+from .mixed import mixed, told
+from .networks import GraphNetwork, ModuleNetwork, Network, guided_moments, literally, solved_guided, with_tensors
+from .weights import round_weight
 
 
 @dataclass(frozen=True, eq=False)
 class Rung:
-    """A float network, perhaps transformed, its quantized form, and what the transforms told."""
+    """A float network, perhaps transformed, its quantized form, what the transforms told, and its guided Hessians once a step had
+    use for them."""
 
     network: Network
     q: QModel
     told: tuple[Note, ...] = ()
+    moments: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """What steps work with: ``near`` gives the ladder's foot for any network (ranges from the data, weights rounded to nearest),
-    ``learn`` the examples they may learn from, ``end`` the clock's time at which those that train are to end."""
+    """What steps work with: ``near`` gives the ladder's foot for any network (ranges from the data, weights rounded to nearest) by
+    ``plan``, which has a format for each size of the plan that was ``asked``; ``learn`` the examples they may learn from, ``end``
+    the clock's time at which those that train are to end."""
 
     near: Callable[[Network], QModel]
     plan: Plan
+    asked: Plan
     learn: Sequence[Batch]
     end: float | None = None
     seed: int = 0
@@ -88,10 +95,33 @@ def _transformed(rung: Rung, means: Means, module: nn.Module, told: Sequence[Not
     return Rung(network, means.near(network), (*rung.told, *told))
 
 
-def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
-    """Every weight by a solver."""
+def mixing(rung: Rung, means: Means) -> Rung | None:
+    """Within a size that was asked for, formats that differ from weight to weight, each rounded to nearest."""
+    if not any(size_of(rule.weight) for rule in means.asked.rules):
+        return None
+    try:
+        moments = guided_moments(rung.network, rung.q, list(means.learn), means.seed)
+    except InputError as err:
+        return replace(rung, q=replace(rung.q, notes=(*rung.q.notes, Note("model", f"no mix of formats was tried: {err}"))))
+    formats = mixed(means.asked, rung.q.tensors, rung.network, moments)
+    targets, notes = {target.name: target for target in rung.network.targets}, list[Note]()
+    tensors = dict(rung.q.tensors)
+    for name, fmt in formats.items():
+        tensors |= round_weight(targets[name], fmt, notes)
+    if formats:
+        every = [tensors[name].format for name in tensors]
+        notes.append(Note("model", f"formats by what each weight counts for the end loss: {told(every)}"))
+    q = with_tensors(rung.q, tensors, tuple(notes))
+    rules = [Rule(literally(name), weight=str(fmt)) for name, fmt in formats.items()]
+    return replace(rung, q=replace(q, plan=Plan((*q.plan.rules, *rules))), moments=moments)
 
-    def make(rung: Rung, means: Means) -> Rung:
+
+def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
+    """Every weight by a solver on the inputs that a sweep finds; not where guided Hessians are there, which the next step takes."""
+
+    def make(rung: Rung, means: Means) -> Rung | None:
+        if rung.moments is not None and isinstance(rung.network, ModuleNetwork):
+            return None
         q = rung.network.refined(rung.q, list(means.learn), SOLVERS[name], False, means.progress)
         return replace(rung, q=replace(q, provenance={**q.provenance, "solver": name}))
 
@@ -102,7 +132,8 @@ def guided_descent(rung: Rung, means: Means) -> Rung | None:
     """Every weight by descent on guided Hessians; a graph has the sweep, and training after it."""
     if isinstance(rung.network, GraphNetwork):
         return None
-    q = solved_guided(rung.network, rung.q, list(means.learn), SOLVERS["descent"], means.seed, False, means.progress)
+    q = solved_guided(rung.network, rung.q, list(means.learn), SOLVERS["descent"], means.seed, False, means.progress,
+                      rung.moments)  # fmt: skip
     return replace(rung, q=replace(q, provenance={**q.provenance, "solver": "descent"}))
 
 
@@ -123,6 +154,9 @@ def reconstruction(rung: Rung, means: Means) -> Rung:
 BLOCKS = 0.25
 
 
+#: The share of the time left that a language model writes text for.
+WRITING = 0.15
+
 #: Steps of end-to-end tuning where no budget says how long.
 TEACHING_STEPS = 300
 
@@ -133,7 +167,9 @@ MIX = 0.5
 def teaching(rung: Rung, means: Means) -> Rung:
     """The whole network trained towards the float one's answers; a language model learns from text that it wrote itself as well."""
     module, text, learn = rung.network.module, None, list(means.learn)
-    if isinstance(rung.network, ModuleNetwork) and (text := enough_text(module, learn, means.seed)):
+    left = _left(means)
+    writing = None if left is None else WRITING * left
+    if isinstance(rung.network, ModuleNetwork) and (text := enough_text(module, learn, means.seed, writing)):
         learn = text[0]
     left = _left(means)
     how = Teaching(TEACHING_STEPS if left is None else None, left, rates_of(rung.q), means.seed, "codes", MIX)
@@ -154,6 +190,7 @@ STEPS: dict[str, Step] = {
     "equalization": Step(equalization, graph=True, anew=True),
     "widening": Step(widening, graph=True, anew=True),
     "smoothing": Step(smoothing, anew=True),
+    "mixed formats": Step(mixing, codes=True),
     "GPTQ": Step(solving("gptq"), parts=True, codes=True),
     "guided descent": Step(guided_descent, parts=True, codes=True),
     "bias correction": Step(bias_correction, graph=True, parts=True),

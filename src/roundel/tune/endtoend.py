@@ -26,6 +26,9 @@ from .prepare import convert, float_weights, kinds, prepare
 #: Learning rate by kind of parameter: weights in units of a tensor's own root mean square, the others as they are.
 RATES: Mapping[str, float] = {"weights": 1e-2, "scales": 1e-3, "tables": 1e-3, "rest": 1e-3}
 
+#: Steps in which the rates rise, and after which a time is turned into steps.
+WARM = 10
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -128,21 +131,23 @@ def _train(module: nn.Module, teacher: nn.Module, batches: Sequence[Batch], how:
         p.requires_grad_(id(p) in trained)
     module.eval()  # no dropout; what trains is the same in both modes
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    total, start, loss_of = how.steps, time.monotonic(), _Loss()
+    start = half = time.monotonic()
+    total, loss_of = how.steps, _Loss()
     for step, batch in enumerate(_blended(_shuffled(batches, how.seed), how)):
-        if total is None and step == 3:  # the first step builds caches; the next two tell the pace
-            assert how.seconds is not None
-            total = max(step, round(how.seconds / ((time.monotonic() - start) / 2)))
+        now = time.monotonic()
+        if step == WARM // 2:  # the first steps build caches, those after them tell the pace
+            half = now
+        if total is None and how.seconds is not None and (step == WARM or (step and now - start > how.seconds / 2)):
+            pace = (now - half) / (step - WARM // 2) if step > WARM // 2 else (now - start) / step
+            total = step + int(max(0.0, how.seconds - (now - start)) / pace)
         if total is not None and step >= total:
             return step
-        if how.seconds is not None and step == 1:
-            start = time.monotonic()
         loss = loss_of(batch, teacher, module)
         optimizer.zero_grad()
         loss.backward()
-        share = step / total if total else 0.0
+        share = max(0, step - WARM) / max(1, total - WARM) if total else 0.0
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = group["base"] * min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * share))
         optimizer.step()
         if progress:
             progress("tune", step + 1, total or 0)

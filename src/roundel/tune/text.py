@@ -3,6 +3,7 @@ model is tuned, and how, is not decided here."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +13,11 @@ from ..calibrate import evaluating
 from ..data import Batch
 from ..network.huggingface import hf_config
 
-#: Tokens of an example, and examples of a batch.
-LENGTH, BATCH = 256, 4
+#: Tokens of an example, and examples of a batch: short ones, since attention takes half the time of a step on small models.
+LENGTH, BATCH = 128, 8
 
 #: Examples that the model writes, at most, and as many for each that it was given; how many it writes at a time.
-WRITTEN, TIMES, AT_ONCE = 400, 4, 100
+WRITTEN, TIMES, AT_ONCE = 800, 4, 200
 
 
 def tokens(batch: Batch) -> list[Tensor] | None:
@@ -68,13 +69,16 @@ def cut(documents: Sequence[Tensor], seed: int = 0, length: int = LENGTH, size: 
 
 
 @torch.no_grad()
-def written(model: nn.Module, starts: Tensor, length: int = LENGTH, seed: int = 0) -> Tensor:
+def written(model: nn.Module, starts: Tensor, length: int = LENGTH, seed: int = 0, seconds: float | None = None) -> Tensor:
     """(examples, length) token ids drawn from the model itself, one example from each first token of ``starts`` (Liu et al. 2023,
-    "LLM-QAT"). The same seed draws the same."""
+    "LLM-QAT"); no more than the first `AT_ONCE` once ``seconds`` have passed. The same seed draws the same."""
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    parts: list[Tensor] = []
+    begun = time.monotonic()
     with evaluating(model):
         for first in starts.split(AT_ONCE):
+            if parts and seconds is not None and (time.monotonic() - begun) * (len(parts) + 1) / len(parts) > seconds:
+                break
             ids = now = first[:, None].long()
             past = None
             for _ in range(length - 1):
@@ -86,12 +90,15 @@ def written(model: nn.Module, starts: Tensor, length: int = LENGTH, seed: int = 
     return torch.cat(parts)
 
 
-def enough_text(model: nn.Module, batches: Sequence[Batch], seed: int = 0) -> tuple[list[Batch], int] | None:
-    """(batches of what there is and what the model wrote, how many examples it wrote); None for a model that `writes` nothing."""
+def enough_text(model: nn.Module, batches: Sequence[Batch], seed: int = 0, seconds: float | None = None
+                ) -> tuple[list[Batch], int] | None:  # fmt: skip
+    """(batches of what there is and what the model wrote, how many examples it wrote within about ``seconds``); None for a model
+    that `writes` nothing."""
     if not writes(model, batches):
         return None
     documents = [row for batch in batches for row in tokens(batch) or []]
     length = min(LENGTH, max(map(len, documents)))
     count = min(WRITTEN, TIMES * max(1, sum(map(len, documents)) // length))
     starts = torch.stack([documents[i % len(documents)][0] for i in range(count)])
-    return cut([*documents, written(model, starts, length, seed)], seed, length), count
+    more = written(model, starts, length, seed, seconds)
+    return cut([*documents, more], seed, length), len(more)

@@ -1,0 +1,75 @@
+"""Formats that differ from weight to weight within one size: the bytes are kept, the loss is the least, and the data decide."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import roundel as rd
+from roundel.formats.format import Format
+from roundel.plan import size_of
+from roundel.quantize.mixed import EVEN, FREE, Option, allocate
+from roundel.solvers import rtn
+
+FORMATS = [Format.parse(f"int{b}") for b in range(2, 9)]
+
+
+def loss(chosen: tuple[Option, ...]) -> float:
+    return sum(one.loss for one in chosen)
+
+
+@pytest.mark.proves("names.bits-mixed")
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_are_kept_and_spent_where_they_save_most(seed: int) -> None:
+    """Against every choice there is: within the bytes, and no worse than any that leaves room for one more step."""
+    draw = random.Random(seed)
+    weights = [[Option(fmt, draw.randint(1, 30), draw.uniform(0, 50)) for fmt in FORMATS[:4]] for _ in range(4)]
+    room = draw.randint(10, 80)
+    found = allocate(weights, room)
+    every = [chosen for chosen in itertools.product(*weights) if sum(one.nbytes for one in chosen) <= room]
+    if not every:
+        assert not found
+        return
+    mine = tuple(
+        min((o for o in options if o.format == fmt), key=lambda o: o.loss) for options, fmt in zip(weights, found, strict=True)
+    )
+    assert sum(one.nbytes for one in mine) <= room
+    step = max(max(o.nbytes for o in options) - min(o.nbytes for o in options) for options in weights)
+    less = [loss(chosen) for chosen in every if sum(one.nbytes for one in chosen) <= room - step]
+    assert min(map(loss, every)) <= loss(mine) <= min(less, default=loss(mine)) + 1e-9
+
+
+@pytest.mark.proves("names.bits-mixed")
+@pytest.mark.parametrize(("law", "text"), [(FREE, "cb{k}/tensor"), (EVEN, "uint{b}/channel*fp32-fp32")])
+def test_the_law_is_what_normal_numbers_lose(law: tuple[float, ...], text: str) -> None:
+    w = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4):
+        q = rtn(w, Format.parse(text.format(b=bits, k=2**bits)))
+        lost = float((q.dequantize() - w).square().mean() / w.square().mean())
+        assert lost == pytest.approx(law[bits - 1], rel=0.15)
+
+
+@pytest.mark.proves("names.bits-mixed")
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_bytes_go_where_the_loss_is(activations: str | None) -> None:
+    """Sensitive weights get more bits within the same size, in graphs and in modules; the plan says which, and gives them again."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.normal_()
+    x = torch.randn(256, 32)
+    q = rd.quantize(model, "4.5 bits", activations, data=x, effort="best", budget="4s")
+    told = [n.text for n in q.notes if n.text.startswith("mixed formats")]
+    assert len(told) == 1
+    assert "mixed formats kept" in told[0], told
+    bits = {name: t.format.bits for name, t in q.tensors.items()}
+    assert len(set(bits.values())) > 1
+    assert bits["4.weight"] > bits["2.weight"]  # few numbers, on which as much depends
+    size = 8 * sum(t.nbytes for t in q.tensors.values()) / sum(t.codes.shape[0] * t.matrix[1] for t in q.tensors.values())
+    assert size <= 4.5
+    assert not any(size_of(rule.weight) for rule in q.plan.rules)
+    again = rd.quantize(model, activations=None, plan=q.plan, data=x)
+    assert {name: t.format for name, t in again.tensors.items()} == {name: t.format for name, t in q.tensors.items()}
