@@ -97,7 +97,7 @@ def rounded(real: nn.Module, text: str) -> rd.QModel:
 @cli.command("stories")
 @click.option("--bits", "sizes", multiple=True, type=float, default=SIZES, help="Only these.")
 @click.option("--effort", default="best", show_default=True)
-@click.option("--budget", default="50s", show_default=True, help="Of effort best.")
+@click.option("--budget", default="52s", show_default=True, help="Of effort best.")
 def stories_(sizes: Sequence[float], effort: str, budget: str) -> None:
     """Sizes on stories260K, by effort."""
     real, learn, held, score = stories()

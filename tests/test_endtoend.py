@@ -18,12 +18,14 @@ from roundel.data import Batch
 from roundel.errors import CheckError, PlanError
 from roundel.fisher import backward_bytes, hessians
 from roundel.gate import Paired, Verdict
+from roundel.plan import Plan, Rule
 from roundel.quantize import networks
 from roundel.quantize.networks import find_network
 from roundel.quantize.steps import EFFORTS, STEPS, Means, Rung
 from roundel.solvers import SOLVERS, gptq, hqq, rtn, solved
 from roundel.tune import endtoend
-from roundel.tune.endtoend import Teaching, _blended, rates_of, tune_model
+from roundel.tune.endtoend import RATES, Teaching, _blended, tune_model
+from roundel.tune.prepare import prepare
 from roundel.tune.text import cut, enough_text, tokens, writes, written
 
 FORMAT = "uint2/g8"
@@ -303,6 +305,45 @@ def test_training_starts_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(seen[0], solver_codes)
     assert torch.equal(seen[1], torch.cat(nearest))
     assert not torch.equal(seen[0], seen[1])
-    assert rates_of(q)["weights"] == pytest.approx(0.012)
+    assert Teaching(1, start="codes").rate("weights") == RATES["codes"]["weights"] < Teaching(1).rate("weights")
     with pytest.raises(PlanError, match="training starts at float or codes"):
         Teaching(1, start="nothing")  # type: ignore[arg-type]
+
+
+@pytest.mark.proves("tune.endtoend")
+def test_weights_move_by_the_way_to_their_next_level() -> None:
+    """Adam's first step is the rate and a sign, whatever the gradient: a tenth, to warm up, of 3e-3 of the root mean square, times
+    2^(4 - bits)."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(32, 16)
+    plan = Plan((Rule("*", weight="int4"), Rule("2", weight="int2")))
+    q = rd.quantize(net, plan=plan, data=[x])
+    moved: dict[str, float] = {}
+    module = prepare(q, net)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    endtoend._train(module, net, [Batch((x,))], Teaching(1, start="codes"), None)
+    for name, p in module.named_parameters():
+        if name.endswith("weight") and not torch.equal(p, before[name]):
+            moved[name] = float((p.detach() - before[name]).abs().max() / before[name].square().mean().sqrt())
+    assert sorted(moved.values()) == pytest.approx([3e-4, 1.2e-3], rel=1e-2)
+
+
+@pytest.mark.proves("tune.endtoend")
+def test_a_time_is_said_in_steps_that_make_the_same_bytes() -> None:
+    model, data = llama(), stories(8)
+    q = rd.quantize(model, FORMAT, data=data, exclude=KEEP)
+    timed = tune_model(q, model, data, None, Teaching(seconds=1.5, start="codes"))
+    steps = timed.provenance["tuned"]["steps"]
+    assert steps > endtoend.WARM
+    again = tune_model(q, model, data, None, Teaching(steps, start="codes"))
+    assert all(torch.equal(t.codes, again.tensors[name].codes) for name, t in timed.tensors.items())
+
+
+@pytest.mark.proves("tune.own-text")
+def test_writing_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least one lot is written, and it is the first of what there is time for."""
+    monkeypatch.setattr(sys.modules[written.__module__], "AT_ONCE", 2)
+    starts = torch.arange(6)
+    every, few = written(llama(), starts, 8), written(llama(), starts, 8, seconds=0.0)
+    assert len(every) == 6
+    assert torch.equal(few, every[:2])

@@ -242,6 +242,9 @@ def test_what_chance_alone_could_do_changes_nothing_and_passes_are_counted() -> 
     one, asked = additive({"model": -1.0})
     assert choose(["model"], one, one(frozenset()), passes=0)[0] == {"model"}
     assert len(asked) == 2
+    late, asked = additive(effects)
+    choose(list(effects), late, late(frozenset()), passes=16, seconds=0.0)
+    assert len(asked) == 2  # there was time for the whole alone
     assert verdict.examples == 100
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ..calibrate import Progress
@@ -16,7 +17,7 @@ from ..plan import FLOAT, Plan, Rule, size_of
 from ..qmodel import Note, QModel
 from ..solvers import SOLVERS
 from ..transforms import equalize, smooth, widen
-from ..tune.endtoend import Teaching, rates_of, tune_model
+from ..tune.endtoend import Teaching, tune_model
 from ..tune.reconstruct import reconstruct
 from ..tune.text import enough_text
 from ..tune.tuner import Tuning
@@ -103,11 +104,12 @@ def mixing(rung: Rung, means: Means) -> Rung | None:
         moments = guided_moments(rung.network, rung.q, list(means.learn), means.seed)
     except InputError as err:
         return replace(rung, q=replace(rung.q, notes=(*rung.q.notes, Note("model", f"no mix of formats was tried: {err}"))))
-    formats = mixed(means.asked, rung.q.tensors, rung.network, moments)
     targets, notes = {target.name: target for target in rung.network.targets}, list[Note]()
     tensors = dict(rung.q.tensors)
-    for name, fmt in formats.items():
-        tensors |= round_weight(targets[name], fmt, notes)
+    with torch.no_grad():
+        formats = mixed(means.asked, tensors, rung.network, moments)
+        for name, fmt in formats.items():
+            tensors |= round_weight(targets[name], fmt, notes)
     if formats:
         every = [tensors[name].format for name in tensors]
         notes.append(Note("model", f"formats by what each weight counts for the end loss: {told(every)}"))
@@ -172,7 +174,7 @@ def teaching(rung: Rung, means: Means) -> Rung:
     if isinstance(rung.network, ModuleNetwork) and (text := enough_text(module, learn, means.seed, writing)):
         learn = text[0]
     left = _left(means)
-    how = Teaching(TEACHING_STEPS if left is None else None, left, rates_of(rung.q), means.seed, "codes", MIX)
+    how = Teaching(TEACHING_STEPS if left is None else None, left, seed=means.seed, start="codes", mix=MIX)
     q = tune_model(rung.q, module, learn, None, how, means.progress)
     if text:
         told = f"end-to-end tuning learned from {text[1]} examples that the model wrote itself as well"

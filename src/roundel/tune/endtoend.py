@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,9 +22,16 @@ from ..gate import judge, losses
 from ..network.watch import first_tensor
 from ..qmodel import Note, QModel
 from .prepare import convert, float_weights, kinds, prepare
+from .tunable import TunableWeight
 
-#: Learning rate by kind of parameter: weights in units of a tensor's own root mean square, the others as they are.
-RATES: Mapping[str, float] = {"weights": 1e-2, "scales": 1e-3, "tables": 1e-3, "rest": 1e-3}
+Start = Literal["float", "codes"]
+
+#: Learning rate by kind of parameter, and by where training starts: weights in units of a tensor's root mean square, which from
+#: codes on halves with each bit beyond 4, as the way to the next level does; the others as they are.
+RATES: Mapping[Start, Mapping[str, float]] = {
+    "float": {"weights": 1e-2, "scales": 1e-3, "tables": 1e-3, "rest": 1e-3},
+    "codes": {"weights": 3e-3, "scales": 1e-3, "tables": 1e-3, "rest": 1e-3},
+}
 
 #: Steps in which the rates rise, and after which a time is turned into steps.
 WARM = 10
@@ -33,8 +40,8 @@ WARM = 10
 @dataclass(frozen=True)
 class Teaching:
     """How `tune_model` trains: ``steps`` of one batch each, or ``seconds`` on this machine, turned into steps by the pace of
-    the first ones; ``rates`` by kind, a kind that is left out stays as it is; ``seed`` shuffles the batches. ``start`` is float,
-    the float weights, or codes: where a solver chose against the nearest level, weights start there; that wants `rates_of`.
+    the first ones; ``rates`` by kind in place of `RATES`, a kind that is left out stays as it is; ``seed`` shuffles the batches.
+    ``start`` is float, the float weights, or codes: where a solver chose against the nearest level, weights start there.
     ``mix``: each real example has up to this share of another of its batch blended in (mixup without labels, Zhang et al. 2018),
     so that few examples are not learned by heart; ids and whole numbers stay as they are.
 
@@ -44,9 +51,9 @@ class Teaching:
 
     steps: int | None = None
     seconds: float | None = None
-    rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
+    rates: Mapping[str, float] | None = None
     seed: int = 0
-    start: Literal["float", "codes"] = "float"
+    start: Start = "float"
     mix: float = 0.0
 
     def __post_init__(self) -> None:
@@ -56,21 +63,13 @@ class Teaching:
             raise PlanError(f"training starts at float or codes, got {self.start!r}")
         if not 0 <= self.mix <= 0.5:
             raise PlanError(f"mix={self.mix!r}: the share of another example is from 0 to 0.5")
-        if odd := sorted(self.rates.keys() - RATES.keys()):
-            raise PlanError(f"there is no kind of parameter {odd[0]!r} to give a rate; there are {', '.join(RATES)}")
+        known = RATES[self.start]
+        if odd := sorted((self.rates or {}).keys() - known.keys()):
+            raise PlanError(f"there is no kind of parameter {odd[0]!r} to give a rate; there are {', '.join(known)}")
 
-
-def rates_of(q: QModel) -> dict[str, float]:
-    """Rates for training that starts at a solver's codes: weights by the bits of ``q``, since each bit halves the way to the next
-    level.
-
-    >>> from roundel import quantize
-    >>> rates_of(quantize(nn.Linear(8, 4), "int4"))["weights"], rates_of(quantize(nn.Linear(8, 4), "int2"))["weights"]
-    (0.003, 0.012)
-    """
-    count = {name: math.prod(tensor.shape) for name, tensor in q.tensors.items()}
-    bits = sum(tensor.format.bits / tensor.format.step * count[name] for name, tensor in q.tensors.items())
-    return {**RATES, "weights": 3e-3 * 2.0 ** (4 - bits / max(1, sum(count.values())))}
+    def rate(self, kind: str) -> float:
+        """The learning rate of a kind; 0 leaves it as it is."""
+        return (RATES[self.start] if self.rates is None else self.rates).get(kind, 0.0)
 
 
 def tune_model(q: QModel, teacher: nn.Module, batches: Sequence[Batch], held: Sequence[Batch] | None, how: Teaching,
@@ -118,11 +117,13 @@ def _at_the_float_weights(q: QModel, teacher: nn.Module) -> QModel:
 def _train(module: nn.Module, teacher: nn.Module, batches: Sequence[Batch], how: Teaching, progress: Progress | None) -> int:
     """Adam under a cosine after a short warm-up; the number of steps done."""
     groups = []
+    found = [part for part in module.modules() if isinstance(part, TunableWeight)] if how.start == "codes" else []
+    way = {id(part.weight): 2.0 ** (4 - part.tensor.format.bits / part.tensor.format.step) for part in found}
     for kind, params in kinds(module).items():
         params = [p for p in params if kind != "rest" or p.ndim < 2]  # biases and norms; embeddings and other matrices stay
         for p in params:
-            unit = float(p.detach().square().mean().sqrt()) if kind == "weights" else 1.0
-            groups.append({"params": [p], "lr": 0.0, "base": how.rates.get(kind, 0.0) * unit})
+            unit = float(p.detach().square().mean().sqrt()) * way.get(id(p), 1.0) if kind == "weights" else 1.0
+            groups.append({"params": [p], "lr": 0.0, "base": how.rate(kind) * unit})
     groups = [group for group in groups if group["base"]]
     if not groups:
         raise InputError("nothing trains: the model has no parameter of the kinds that have a rate")
