@@ -2,15 +2,18 @@
 
 import itertools
 import random
+import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import roundel as rd
 from roundel.formats.format import Format
 from roundel.plan import size_of
 from roundel.quantize.mixed import EVEN, FREE, Option, allocate
+from roundel.quantize.steps import Means
 from roundel.solvers import rtn
 
 FORMATS = [Format.parse(f"int{b}") for b in range(2, 9)]
@@ -72,4 +75,34 @@ def test_bytes_go_where_the_loss_is(activations: str | None) -> None:
     assert size <= 4.5
     assert not any(size_of(rule.weight) for rule in q.plan.rules)
     again = rd.quantize(model, activations=None, plan=q.plan, data=x)
+    assert {name: t.format for name, t in again.tensors.items()} == {name: t.format for name, t in q.tensors.items()}
+
+
+@pytest.mark.proves("names.bits-mixed")
+def test_a_mix_that_overdraws_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales beyond fp16 are stored as fp32; where the mix then takes more than the size, one format stays."""
+    steps = sys.modules[Means.__module__]
+    monkeypatch.setattr(steps, "mixed", lambda *given: {"2.weight": Format.parse("int8/g16*fp32")})
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(64, 32)
+    q = rd.quantize(model, "3.5 bits", data=x, effort="best", budget="2s")
+    assert len({str(t.format) for t in q.tensors.values()}) == 1
+    assert any("scales had to be stored wider" in n.text for n in q.notes)
+
+
+@pytest.mark.proves("names.bits-mixed")
+def test_weights_that_are_one_matter_once() -> None:
+    """A tied head and the rows of an embedding stay in the one format; what is linear alone differs, and the size holds for all."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(20 if p.ndim == 2 else 1)
+    data = [torch.randint(64, (1, 24)) for _ in range(40)]
+    q = rd.quantize(model, "3.5 bits", data=data, effort="best", budget="3s")
+    assert q.tied
+    assert len({t.format.bits for t in q.tensors.values()}) > 1
+    assert 8 * sum(t.nbytes for t in q.tensors.values()) <= 3.5 * sum(torch.Size(t.shape).numel() for t in q.tensors.values())
+    again = rd.quantize(model, plan=q.plan)
     assert {name: t.format for name, t in again.tensors.items()} == {name: t.format for name, t in q.tensors.items()}

@@ -23,6 +23,7 @@ from ..tune.text import enough_text
 from ..tune.tuner import Tuning
 from .mixed import mixed, told
 from .networks import GraphNetwork, ModuleNetwork, Network, guided_moments, literally, solved_guided, with_tensors
+from .sizes import overdrawn
 from .weights import round_weight
 
 
@@ -110,6 +111,9 @@ def mixing(rung: Rung, means: Means) -> Rung | None:
         formats = mixed(means.asked, tensors, rung.network, moments)
         for name, fmt in formats.items():
             tensors |= round_weight(targets[name], fmt, notes)
+    if formats and overdrawn(means.asked, means.plan, rung.network, tensors):
+        told_so = "no mix of formats was kept: scales had to be stored wider than the size allows"
+        return replace(rung, q=replace(rung.q, notes=(*rung.q.notes, Note("model", told_so))))
     if formats:
         every = [tensors[name].format for name in tensors]
         notes.append(Note("model", f"formats by what each weight counts for the end loss: {told(every)}"))
