@@ -10,9 +10,12 @@ import transformers
 from torch import nn
 
 import roundel as rd
+from roundel.data import Batch
+from roundel.fisher import hessians
 from roundel.formats.format import Format
-from roundel.plan import size_of
-from roundel.quantize.mixed import EVEN, FREE, Option, allocate
+from roundel.plan import Plan, Rule, size_of
+from roundel.quantize.mixed import EVEN, FREE, Option, allocate, mixed
+from roundel.quantize.networks import find_network
 from roundel.quantize.steps import Means
 from roundel.solvers import rtn
 
@@ -106,3 +109,54 @@ def test_weights_that_are_one_matter_once() -> None:
     assert 8 * sum(t.nbytes for t in q.tensors.values()) <= 3.5 * sum(torch.Size(t.shape).numel() for t in q.tensors.values())
     again = rd.quantize(model, plan=q.plan)
     assert {name: t.format for name, t in again.tensors.items()} == {name: t.format for name, t in q.tensors.items()}
+
+
+class Twice(nn.Module):
+    """Two layers that are one weight, between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 6)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
+@pytest.mark.proves("names.bits-mixed")
+def test_a_plan_names_a_shared_weight_by_all_its_names() -> None:
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(64, 16)
+    q = rd.quantize(model, "3.5 bits", data=x, effort="best", budget="2s")
+    assert {"b.weight", "c.weight"} <= {rule.pattern for rule in q.plan.rules}
+    again = rd.quantize(model, plan=q.plan, data=x)
+    assert {name: t.format for name, t in again.tensors.items()} == {name: t.format for name, t in q.tensors.items()}
+
+
+@pytest.mark.proves("names.bits-mixed")
+def test_gradients_beyond_the_models_numbers_leave_one_format() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.normal_().mul_(3)
+    q = rd.quantize(model.half(), "4.5 bits", data=torch.randn(64, 32).half() / 20, effort="best", budget="2s")
+    told = [n.text for n in q.notes if "no mix of formats was tried" in n.text or n.text.startswith("mixed formats")]
+    assert len(told) == 1
+    assert 8 * sum(t.nbytes for t in q.tensors.values()) <= 4.5 * sum(torch.Size(t.shape).numel() for t in q.tensors.values())
+
+
+@pytest.mark.proves("names.bits-mixed")
+@pytest.mark.parametrize(("size", "within"), [(12.5, 0.93), (9.5, 0.93), (2.2, 0.8)])
+def test_a_size_is_used_up_at_any_width(size: float, within: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval(), torch.randn(64, 64)
+    network = find_network(model, [Batch((x,))], [])
+    q = rd.quantize(model, f"{size} bits", data=x)
+    plan = Plan((Rule("*", weight=f"{size} bits"),))
+    with torch.no_grad():
+        found = mixed(plan, q.plan, q.tensors, network, hessians(network.module, [Batch((x,))], guided=True))
+        nothing = mixed(plan, q.plan, q.tensors, network, {name: torch.zeros(1, 1, 1) for name in q.tensors})
+    took = sum(fmt.nbytes(q.tensors[name].matrix) for name, fmt in found.items())
+    assert within * size <= 8 * took / (64 * 96 + 96 * 32) <= size
+    assert nothing == {}

@@ -27,6 +27,9 @@ CHUNK = 1 << 22
 #: Numbers that a table shared by several tensors is learned from, at most.
 POINTS = 1 << 20
 
+#: Elements that several ideas of a grid that is there are tried on in one pass.
+FEW = 1 << 16
+
 #: Shares of the range that scales are tried at under a learned table.
 SHARES = tuple(1.15 - 0.05 * i for i in range(18) if i != 3)
 
@@ -447,7 +450,7 @@ def _present(fmt: Format, x: Tensor) -> list[Params]:
             return []
     kept = _exact_somewhere(fmt, sample, _ideas(fmt, sample))
     every = _ideas(fmt, x) if kept else []
-    return [every[i] for i in kept] if every else []
+    return [every[i] for i in kept] if every else []  # all columns may lie closer than those of the sample
 
 
 def _ideas(fmt: Format, x: Tensor) -> list[Params]:
@@ -508,19 +511,22 @@ def _neighbours(fmt: Format, scale: Tensor) -> list[Tensor]:
 
 
 def _exact_somewhere(fmt: Format, x: Tensor, ideas: list[Params]) -> list[int]:
-    """Which of the ideas give some row of different numbers without error: all are tried in one pass, since `store` asks this of a
-    few scales at every step of training."""
-    if not ideas:
-        return []
+    """Which of the ideas give some row of different numbers without error: of few numbers all in one pass, since `store` asks this
+    of a few scales at every step of training; of many, one by one, since each pass takes the memory of them all."""
+    spread = x.amax(1) > x.amin(1)
 
     def every(parts: list[Tensor | None]) -> Tensor | None:
         found = [part for part in parts if part is not None]
         return torch.cat(found) if found else None
 
-    stacked = _settle(fmt, Params(every([idea.scale for idea in ideas]), every([idea.offset for idea in ideas])))
-    error = _error(fmt, x.repeat(len(ideas), 1), None, stacked).view(len(ideas), -1)
-    spread = x.amax(1) > x.amin(1)
-    return ((error == 0) & spread).any(1).nonzero().flatten().tolist()
+    kept: list[int] = []
+    at_once = max(1, FEW // max(1, x.numel()))
+    for i in range(0, len(ideas), at_once):
+        some = ideas[i : i + at_once]
+        stacked = _settle(fmt, Params(every([idea.scale for idea in some]), every([idea.offset for idea in some])))
+        error = _error(fmt, x.repeat(len(some), 1), None, stacked).view(len(some), -1)
+        kept += (((error == 0) & spread).any(1).nonzero().flatten() + i).tolist()
+    return kept
 
 
 def _least_squares(fmt: Format, x: Tensor, codes: Tensor, params: Params, weight: Tensor | None) -> Params:

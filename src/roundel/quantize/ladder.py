@@ -129,6 +129,8 @@ def _tried(name: str, old: Rung, means: Means, measure: Callable[[QModel], Losse
         if new is None:
             return old, loss
         changed = _changed(old.q, new.q)
+        if new.network is old.network:
+            old = replace(old, moments=new.moments)  # whatever becomes of the step, they need not be found again
         if new.network is old.network and not changed:  # the step itself found that nothing helps, and says so
             notes += new.q.notes[len(old.q.notes) :]
             return old, loss

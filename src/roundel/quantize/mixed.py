@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..formats.format import Format
-from ..formats.grid import Codebook
+from ..formats.grid import Codebook, Uniform
 from ..formats.qtensor import QTensor, to_matrix
 from ..plan import Plan, size_of
 from ..solvers import rtn
@@ -25,10 +25,10 @@ REACH = (-1, 0, 1, 2)
 ROWS = ("cb{k}@tensor/channel*int8",)
 ROWS_WHOLE = ("int{b}/channel", "cb{k}/tensor")
 
-#: Squared error of the best levels for normal numbers, by bits from 1, free and evenly spaced (Max 1960, "Quantizing for minimum
-#: distortion"; beyond 5 bits by its asymptote). How a weight's error falls with the bits is told by these, so one is measured.
-FREE = (0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.4e-4, 1.6e-4, 4.1e-5, 1.03e-5, 2.6e-6)
-EVEN = (0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 3.04e-4, 8.77e-5, 2.5e-5, 7.1e-6)
+#: Squared error of the best levels for normal numbers at 1 to 5 bits, free and evenly spaced (Max 1960, "Quantizing for minimum
+#: distortion"); each bit beyond is a quarter of it. How a weight's error falls with the bits is told by these, so one is measured.
+FREE = (0.3634, 0.1175, 0.03454, 0.009497, 0.002499)
+EVEN = (0.3634, 0.1188, 0.03744, 0.01154, 0.00349)
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,41 @@ class Option:
     loss: float
 
 
-def mixed(plan: Plan, tensors: Mapping[str, QTensor], network: Network, moments: Mapping[str, Tensor]) -> dict[str, Format]:
-    """Name of a weight -> its format, for the sizes of ``plan``; weights that keep the one they have in ``tensors`` are left out.
+def mixed(
+    asked: Plan, plan: Plan, tensors: Mapping[str, QTensor], network: Network, moments: Mapping[str, Tensor]
+) -> dict[str, Format]:
+    """Name of a weight -> its format, for the sizes of the plan that was ``asked``; ``plan`` has one format for each of them.
 
     ``moments`` (groups, columns, columns) are Hessians of the end loss: rounding that is blind to them costs sum_ij h_jj d_ij^2
-    (Dong et al. 2019, "HAWQ", with the diagonal in place of the top eigenvalue). A weight without one keeps its format.
+    (Dong et al. 2019, "HAWQ", with the diagonal in place of the top eigenvalue). A weight keeps its format, and is not named, where
+    it has none, or scales wider than the plan's, or no other format holds it.
     """
     formats: dict[str, Format] = {}
-    for i, rule in enumerate(plan.rules):
+    for i, rule in enumerate(asked.rules):
         bits = size_of(rule.weight)
         if bits is None:
             continue
-        targets, whole = decided(plan, i, network)
-        free = [target for target in targets if target.name in moments and target.name in tensors]
-        if len(free) < 2:
-            continue
+        targets, whole = decided(asked, i, network)
+        targets = [target for target in targets if target.name in tensors]
+        have = Format.parse(str(plan.rules[i].weight))
+        families = _families(have, int(bits), whole)
+        free = {
+            target.name: options
+            for target in targets
+            if target.name in moments and tensors[target.name].format == have
+            if (options := _options(target, families, moments[target.name], len(targets)))
+        }
         room = bits / 8 * sum(target.weight.numel() for target in targets)
-        room -= sum(tensors[t.name].nbytes for t in targets if t.name in tensors and t not in free)
-        families = _families({tensors[target.name].format for target in free}, int(bits), whole)
-        chosen = allocate([_options(target, families, moments[target.name], len(free)) for target in free], room)
-        formats |= {target.name: fmt for target, fmt in zip(free, chosen, strict=bool(chosen))}
-    return {name: fmt for name, fmt in formats.items() if fmt != tensors[name].format}
+        room -= sum(tensors[target.name].nbytes for target in targets if target.name not in free)
+        if chosen := allocate(list(free.values()), room):
+            formats |= dict(zip(free, chosen, strict=True))
+    return formats
 
 
-def _families(have: set[Format], bits: int, whole: bool) -> list[dict[int, Format]]:
-    """The families of the formats there are, and those of one scale a row: for each some bits fewer and more, by bits."""
+def _families(have: Format, bits: int, whole: bool) -> list[dict[int, Format]]:
+    """The family of the format that there is, and those of one scale a row: for each some bits fewer and more, by bits."""
     every = [text.replace("{share}", share) for text, shares, _ in FAMILIES for share in shares]
-    texts = [text for text in every if have & set(_family(text, range(1, 17)).values())]
+    texts = [text for text in every if have in _family(text, range(1, 17)).values()]
     found = [_family(text, [bits + more for more in REACH]) for text in dict.fromkeys([*texts, *(ROWS_WHOLE if whole else ROWS)])]
     return [{b: fmt for b, fmt in family.items() if not whole or integer(fmt)} for family in found]
 
@@ -82,27 +90,39 @@ def _family(text: str, bits: Iterable[int]) -> dict[int, Format]:
 
 
 def _options(target: Target, families: Sequence[Mapping[int, Format]], moment: Tensor, count: int) -> list[Option]:
-    """The loss of each format: of one of a family as measured on some rows, of its others by the law; a family that cannot hold
-    the rows is left out."""
+    """The loss of each format: of one of a family as measured on some rows, of its others by the law where there is one; nothing
+    where no loss depends on the weight, and without what cannot hold the rows."""
     w = to_matrix(target.weight.detach(), target.axis)
     rows = sampled_rows(w, count)
     h = moment.diagonal(dim1=1, dim2=2).repeat_interleave(len(w) // len(moment), 0)[rows]
-    weigh = (h / (h.mean() or 1.0)).float()
-    options = []
-    for family in families:
-        if not family:
-            continue
-        middle = sorted(family)[(len(family) - 1) // 2]
+    if not h.any():
+        return []
+
+    def measured(fmt: Format) -> float | None:
         try:
-            d = rtn(w[rows], family[middle], weigh).matrix_values() - w[rows].float()
+            d = rtn(w[rows], fmt, (h / h.mean()).float()).matrix_values() - w[rows].float()
         except FormatError:
-            continue
-        loss = float((h * d.double().square()).sum()) * len(w) / len(rows)
+            return None
+        return float((h * d.double().square()).sum()) * len(w) / len(rows)
+
+    options = []
+    for family in filter(None, families):
+        middle = sorted(family)[(len(family) - 1) // 2]
+        known = _law(family[middle], middle)
+        base = measured(family[middle]) if known else None
         for bits, fmt in family.items():
-            law = FREE if isinstance(fmt.grid, Codebook) else EVEN
-            share = law[min(bits, len(law)) - 1] / law[min(middle, len(law)) - 1]
-            options.append(Option(fmt, fmt.nbytes(matrix(target)), loss * share))
+            loss = base * (_law(fmt, bits) or 0) / known if base is not None and known else None if known else measured(fmt)
+            if loss is not None:
+                options.append(Option(fmt, fmt.nbytes(matrix(target)), loss))
     return options
+
+
+def _law(fmt: Format, bits: int) -> float | None:
+    """The share of the squares of normal numbers that so many bits lose; None for floats, whose range takes bits of its own."""
+    if not isinstance(fmt.grid, Codebook | Uniform):
+        return None
+    law = FREE if isinstance(fmt.grid, Codebook) else EVEN
+    return law[min(bits, len(law)) - 1] * 4.0 ** -max(0, bits - len(law))
 
 
 def allocate(weights: Sequence[Sequence[Option]], room: float) -> list[Format]:
@@ -121,15 +141,11 @@ def allocate(weights: Sequence[Sequence[Option]], room: float) -> list[Format]:
     at, used = [0] * len(hulls), sum(hull[0].nbytes for hull in hulls)
     if used > room:
         return []
-    steps = [
-        ((hull[i].loss - hull[i + 1].loss) / (hull[i + 1].nbytes - hull[i].nbytes), -i, n)
-        for n, hull in enumerate(hulls)
-        for i in range(len(hull) - 1)
-    ]
-    for _, back, n in sorted(steps, key=lambda step: (-step[0], -step[1], step[2])):
-        more = hulls[n][1 - back].nbytes - hulls[n][-back].nbytes
-        if at[n] == -back and used + more <= room:
-            at[n], used = 1 - back, used + more
+    steps = [(_saved(hull[i], hull[i + 1]), i, n) for n, hull in enumerate(hulls) for i in range(len(hull) - 1)]
+    for _, i, n in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
+        more = hulls[n][i + 1].nbytes - hulls[n][i].nbytes
+        if at[n] == i and used + more <= room:
+            at[n], used = i + 1, used + more
     return [hull[i].format for hull, i in zip(hulls, at, strict=True)]
 
 
@@ -137,20 +153,19 @@ def _hull(options: Sequence[Option]) -> list[Option]:
     """The options on the lower convex hull of loss over bytes, by rising bytes and falling loss."""
     hull: list[Option] = []
     for option in sorted(options, key=lambda one: (one.nbytes, one.loss, str(one.format))):
-        if hull and option.loss >= min(one.loss for one in hull):
+        if hull and option.loss >= hull[-1].loss:
             continue
         while len(hull) > 1 and _saved(hull[-2], hull[-1]) <= _saved(hull[-2], option):
-            hull.pop()
-        if hull and hull[-1].nbytes == option.nbytes:
             hull.pop()
         hull.append(option)
     return hull
 
 
 def _saved(a: Option, b: Option) -> float:
-    return (a.loss - b.loss) / max(1, b.nbytes - a.nbytes)
+    """Loss per byte more."""
+    return (a.loss - b.loss) / (b.nbytes - a.nbytes)
 
 
-def told(formats: Sequence[Format]) -> str:
+def counted(formats: Iterable[Format]) -> str:
     """2 x int4/channel*fp16 and 1 x int8/channel*fp16"""
     return " and ".join(f"{count} x {fmt}" for fmt, count in sorted(Counter(map(str, formats)).items()))

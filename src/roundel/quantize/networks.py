@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -109,6 +109,12 @@ class GraphNetwork:
         fine = tuple(Rule(literally(site), activation=FINE) for site in sites)
         return Plan((*plan.rules[: at + 1], *fine, *plan.rules[at + 1 :]))
 
+    def names(self, weights: Collection[str]) -> list[tuple[str, str]]:
+        """(a name that a plan knows, the weight it stands for): its own, and those of nodes that share it."""
+        return [
+            (alias, name) for name in weights for alias in (name, *(a for a, node in self.tied.items() if node.inputs[1] == name))
+        ]
+
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
         return calibrate(self.module, items, only=only, progress=progress)
 
@@ -153,6 +159,10 @@ class ModuleNetwork:
         table = plan.resolve(leaf_slots(self.found))
         _check_ties(table, self.tied)
         return {name: c for name, c in table.items() if name not in self.tied}
+
+    def names(self, weights: Collection[str]) -> list[tuple[str, str]]:
+        """(a name that a plan knows, the weight it stands for): its own, and those of modules that share it."""
+        return [(name, name) for name in weights] + [(alias, name) for alias, name in self.tied.items() if name in weights]
 
     def stats(self, items: list[Batch], only: set[str], progress: Progress | None) -> dict[str, Stats]:
         return calibrate(self.module, items, only=only, progress=progress)
@@ -206,11 +216,14 @@ Network = GraphNetwork | ModuleNetwork
 
 def guided_moments(network: Network, q: QModel, items: list[Batch], seed: int) -> dict[str, Tensor]:
     """Guided Hessians of the weights of ``q`` by name; `InputError` where a backward pass does not fit in memory, or the network
-    gives no gradients."""
+    gives no gradients, or some that are not finite."""
     learn, wanted = units(items), set(q.tensors)
     if (need := backward_bytes(network.module, learn, wanted)) > available():
         raise InputError(f"a backward pass takes {size_text(need)} of memory, which is more than is free")
-    return hessians(network.module, learn, wanted, guided=True, seed=seed)
+    moments = hessians(network.module, learn, wanted, guided=True, seed=seed)
+    if odd := [name for name, moment in moments.items() if not moment.isfinite().all()]:
+        raise InputError(f"gradients at {some(odd)} are not finite numbers; a float32 model has a wider range")
+    return moments
 
 
 def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callable[..., QTensor], seed: int,
@@ -230,12 +243,12 @@ def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callab
     return told_of(with_tensors(q, tensors), told, solve, GUIDED)
 
 
-def with_tensors(q: QModel, tensors: dict[str, QTensor], notes: tuple[Note, ...] = ()) -> QModel:
+def with_tensors(q: QModel, tensors: Mapping[str, QTensor], notes: tuple[Note, ...] = ()) -> QModel:
     """``q`` with other codes for its weights."""
     structure = q.structure
     if isinstance(structure, Graph):
         structure = replace(structure, constants=Constants({**tensors, **q.rest}))
-    return replace(q, structure=structure, tensors=tensors, notes=(*q.notes, *notes))
+    return replace(q, structure=structure, tensors=dict(tensors), notes=(*q.notes, *notes))
 
 
 #: What a solver's Hessians were, as notes say it.

@@ -21,7 +21,7 @@ from ..tune.endtoend import Teaching, tune_model
 from ..tune.reconstruct import reconstruct
 from ..tune.text import enough_text
 from ..tune.tuner import Tuning
-from .mixed import mixed, told
+from .mixed import counted, mixed
 from .networks import GraphNetwork, ModuleNetwork, Network, guided_moments, literally, solved_guided, with_tensors
 from .sizes import overdrawn
 from .weights import round_weight
@@ -104,22 +104,24 @@ def mixing(rung: Rung, means: Means) -> Rung | None:
     try:
         moments = guided_moments(rung.network, rung.q, list(means.learn), means.seed)
     except InputError as err:
-        return replace(rung, q=replace(rung.q, notes=(*rung.q.notes, Note("model", f"no mix of formats was tried: {err}"))))
-    targets, notes = {target.name: target for target in rung.network.targets}, list[Note]()
-    tensors = dict(rung.q.tensors)
+        return replace(rung, q=with_tensors(rung.q, rung.q.tensors, (Note("model", f"no mix of formats was tried: {err}"),)))
+    rung = replace(rung, moments=moments if isinstance(rung.network, ModuleNetwork) else None)  # a graph's steps sweep
     with torch.no_grad():
-        formats = mixed(means.asked, tensors, rung.network, moments)
-        for name, fmt in formats.items():
+        formats = mixed(means.asked, means.plan, rung.q.tensors, rung.network, moments)
+        changed = {name: fmt for name, fmt in formats.items() if fmt != rung.q.tensors[name].format}
+        targets, notes = {target.name: target for target in rung.network.targets}, list[Note]()
+        tensors = dict(rung.q.tensors)
+        for name, fmt in changed.items():
             tensors |= round_weight(targets[name], fmt, notes)
-    if formats and overdrawn(means.asked, means.plan, rung.network, tensors):
-        told_so = "no mix of formats was kept: scales had to be stored wider than the size allows"
-        return replace(rung, q=replace(rung.q, notes=(*rung.q.notes, Note("model", told_so))))
-    if formats:
-        every = [tensors[name].format for name in tensors]
-        notes.append(Note("model", f"formats by what each weight counts for the end loss: {told(every)}"))
-    q = with_tensors(rung.q, tensors, tuple(notes))
-    rules = [Rule(literally(name), weight=str(fmt)) for name, fmt in formats.items()]
-    return replace(rung, q=replace(q, plan=Plan((*q.plan.rules, *rules))), moments=moments)
+    if not changed:
+        return rung
+    if overdrawn(means.asked, means.plan, rung.network, tensors):
+        wide = Note("model", "no mix of formats was kept: scales had to be stored wider than the size allows")
+        return replace(rung, q=with_tensors(rung.q, rung.q.tensors, (wide,)))
+    mix = Note("model", f"formats by what each weight counts for the end loss: {counted(formats.values())}")
+    rules = [Rule(literally(name), weight=str(formats[first])) for name, first in rung.network.names(changed)]
+    q = with_tensors(rung.q, tensors, (*(note for note in notes if note not in rung.q.notes), mix))
+    return replace(rung, q=replace(q, plan=Plan((*q.plan.rules, *rules))))
 
 
 def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
@@ -172,16 +174,16 @@ MIX = 0.5
 
 def teaching(rung: Rung, means: Means) -> Rung:
     """The whole network trained towards the float one's answers; a language model learns from text that it wrote itself as well."""
-    module, text, learn = rung.network.module, None, list(means.learn)
+    module, wrote, learn = rung.network.module, 0, list(means.learn)
     left = _left(means)
     writing = None if left is None else WRITING * left
     if isinstance(rung.network, ModuleNetwork) and (text := enough_text(module, learn, means.seed, writing)):
-        learn = text[0]
+        learn, wrote = text
     left = _left(means)
     how = Teaching(TEACHING_STEPS if left is None else None, left, seed=means.seed, start="codes", mix=MIX)
     q = tune_model(rung.q, module, learn, None, how, means.progress)
-    if text:
-        told = f"end-to-end tuning learned from {text[1]} examples that the model wrote itself as well"
+    if wrote:
+        told = f"end-to-end tuning learned from {wrote} examples that the model wrote itself as well"
         q = replace(q, notes=(*q.notes, Note("model", told)))
     return replace(rung, q=q)
 

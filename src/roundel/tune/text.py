@@ -71,7 +71,7 @@ def cut(documents: Sequence[Tensor], seed: int = 0, length: int = LENGTH, size: 
 @torch.no_grad()
 def written(model: nn.Module, starts: Tensor, length: int = LENGTH, seed: int = 0, seconds: float | None = None) -> Tensor:
     """(examples, length) token ids drawn from the model itself, one example from each first token of ``starts`` (Liu et al. 2023,
-    "LLM-QAT"); no more than the first `AT_ONCE` once ``seconds`` have passed. The same seed draws the same."""
+    "LLM-QAT"); as many lots of `AT_ONCE` as ``seconds`` allow, the first at least begun. The same seed draws the same."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []
     begun = time.monotonic()
@@ -81,7 +81,9 @@ def written(model: nn.Module, starts: Tensor, length: int = LENGTH, seed: int = 
                 break
             ids = now = first[:, None].long()
             past = None
-            for _ in range(length - 1):
+            for at in range(length - 1):
+                if not parts and at and seconds is not None and time.monotonic() - begun > seconds:
+                    return ids
                 out = model(now, past_key_values=past, use_cache=True) if past is not None else model(ids, use_cache=True)
                 past = getattr(out, "past_key_values", None)
                 now = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
