@@ -103,7 +103,8 @@ def test_weights_that_are_one_matter_once() -> None:
         for p in model.parameters():
             p.mul_(20 if p.ndim == 2 else 1)
     data = [torch.randint(64, (1, 24)) for _ in range(40)]
-    q = rd.quantize(model, "3.5 bits", data=data, effort="best", budget="3s")
+    q = rd.quantize(model, "3.5 bits", data=data, effort="best", budget="0.1s")
+    assert any(n.text.startswith("the budget was over") for n in q.notes)
     assert q.tied
     assert len({t.format.bits for t in q.tensors.values()}) > 1
     assert 8 * sum(t.nbytes for t in q.tensors.values()) <= 3.5 * sum(torch.Size(t.shape).numel() for t in q.tensors.values())

@@ -103,6 +103,8 @@ def climb(
         elif queue:
             now = f"it is {_mean(loss):.3g} on {judges} held-out examples"
             notes.append(Note("model", f"{listed(queue)} not needed for a loss of {effort.loss:g}: {now}"))
+    if effort.end is not None and (late := time.monotonic() - effort.end) > 1:
+        notes.append(Note("model", f"the budget was over {late:.0f} s before the end: it ends training, and cuts no solving short"))
     return replace(rung.q, notes=(*rung.q.notes, *rung.told))
 
 
