@@ -105,22 +105,18 @@ def _options(target: Target, families: Sequence[Mapping[int, Format]], moment: T
             return None
         return float((h * d.double().square()).sum()) * len(w) / len(rows)
 
-    options = []
+    losses: dict[Format, float | None] = {}
     for family in filter(None, families):
         middle = sorted(family)[(len(family) - 1) // 2]
-        known = _law(family[middle], middle)
-        base = measured(family[middle]) if known else None
-        for bits, fmt in family.items():
-            loss = base * (_law(fmt, bits) or 0) / known if base is not None and known else None if known else measured(fmt)
-            if loss is not None:
-                options.append(Option(fmt, fmt.nbytes(matrix(target)), loss))
-    return options
+        if not isinstance(family[middle].grid, Codebook | Uniform):  # a float's range takes bits of its own: no law for it
+            losses |= {fmt: measured(fmt) for fmt in family.values()}
+        elif (base := measured(family[middle])) is not None:
+            losses |= {fmt: base * _law(fmt, bits) / _law(fmt, middle) for bits, fmt in family.items()}
+    return [Option(fmt, fmt.nbytes(matrix(target)), loss) for fmt, loss in losses.items() if loss is not None]
 
 
-def _law(fmt: Format, bits: int) -> float | None:
-    """The share of the squares of normal numbers that so many bits lose; None for floats, whose range takes bits of its own."""
-    if not isinstance(fmt.grid, Codebook | Uniform):
-        return None
+def _law(fmt: Format, bits: int) -> float:
+    """The share of the squares of normal numbers that so many bits lose."""
     law = FREE if isinstance(fmt.grid, Codebook) else EVEN
     return law[min(bits, len(law)) - 1] * 4.0 ** -max(0, bits - len(law))
 
