@@ -50,6 +50,7 @@ def _dies_once(item: tuple[str, int]) -> int:
 @pytest.mark.filterwarnings("ignore")
 def test_two_ray_workers_write_the_same_bytes(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import a test
     ids = torch.randint(0, 64, (6, 16))
     random_llama(tmp_path / "model", {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 64,
                                       "num_attention_heads": 4, "num_key_value_heads": 2})  # fmt: skip
