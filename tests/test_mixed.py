@@ -3,6 +3,7 @@
 import itertools
 import random
 import sys
+import time
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from roundel.data import Batch
 from roundel.fisher import hessians
 from roundel.formats.format import Format
 from roundel.plan import Plan, Rule, size_of
+from roundel.quantize import steps
 from roundel.quantize.mixed import EVEN, FREE, Option, allocate, mixed
-from roundel.quantize.networks import find_network
-from roundel.quantize.steps import Means
+from roundel.quantize.networks import ModuleNetwork, find_network
+from roundel.quantize.steps import STEPS, Means, Rung
 from roundel.solvers import rtn
 
 FORMATS = [Format.parse(f"int{b}") for b in range(2, 9)]
@@ -161,3 +163,22 @@ def test_a_size_is_used_up_at_any_width(size: float, within: float) -> None:
     took = sum(fmt.nbytes(q.tensors[name].matrix) for name, fmt in found.items())
     assert within * size <= 8 * took / (64 * 96 + 96 * 32) <= size
     assert nothing == {}
+
+
+@pytest.mark.proves("effort.budget")
+def test_a_budget_ends_hessians_and_solving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past its share of the time a weight keeps its codes, which is said, and one batch is all that Hessians are made of."""
+    monkeypatch.setattr(steps, "SOLVING", 0.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    data = [Batch((torch.randn(16, 32),)) for _ in range(8)]
+    network = ModuleNetwork(model, [])
+    q = rd.quantize(model, "int3", data=data)
+    late = Means(lambda _: q, q.plan, q.plan, data, time.monotonic() + 60)
+    for step in ("GPTQ", "guided descent"):
+        rung = STEPS[step].make(Rung(network, q), late)
+        assert rung is not None
+        assert all(rung.q.tensors[name] is tensor for name, tensor in q.tensors.items())
+        assert sum("not solved, the budget's share for it was over" in note.text for note in rung.q.notes) == len(q.tensors)
+    once = hessians(model, data, guided=True, end=time.monotonic())
+    assert all(torch.equal(once[name], moment) for name, moment in hessians(model, data[:1], guided=True).items())

@@ -7,6 +7,7 @@ The guided Hessian of a layer is X^T diag(s) X, s_i being the mean over outputs 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,12 +30,13 @@ SCALE = 1e3
 
 
 def hessians(module: nn.Module, batches: Sequence[Batch], only: Container[str] | None = None, guided: bool = False,
-             seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
+             seed: int = 0, end: float | None = None) -> dict[str, Tensor]:  # fmt: skip
     """Second moments (groups, columns, columns) of the inputs of convolutions and linear layers, by name of the weight, float64.
 
     ``guided`` weighs each place by how much the end loss depends on the layer's outputs there, which takes one backward pass a
     batch; ``seed`` draws the labels. A graph's layers go by its nodes, those of any other network by its leaf modules; ``only``
-    names the weights wanted. The same bytes whatever the number of threads. Raises `InputError` where a network gives no gradient.
+    names the weights wanted; after ``end`` on the monotonic clock no further batch is begun. The same bytes whatever the number of
+    threads. Raises `InputError` where a network gives no gradient.
 
     >>> net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 3)
     >>> {name: list(h.shape) for name, h in hessians(net, [Batch((x,))], guided=True).items()}
@@ -67,6 +69,8 @@ def hessians(module: nn.Module, batches: Sequence[Batch], only: Container[str] |
                     rows = columns(one.op, one.attrs, x, one.shape)
                     moment = second_moment(rows, _importance(one, slopes[name][i], rows) if guided else None)
                     sums[one.weight] = sums[one.weight] + moment if one.weight in sums else moment
+            if end is not None and time.monotonic() > end:
+                break
     return sums
 
 

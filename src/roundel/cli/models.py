@@ -88,7 +88,7 @@ def calibrate_command(
     "--effort", metavar="E", type=click.Choice(EFFORTS), default="fast", show_default=True,
     help="fast: round to nearest, seconds; default: GPTQ, minutes; best: blocks are trained too.",
 )  # fmt: skip
-@click.option("--budget", metavar="T", help="When --effort best ends training, such as 90s, 5min or 1h; solving is not cut short.")
+@click.option("--budget", metavar="T", help="When --effort best is to end, such as 90s, 5min or 1h; judging it is not cut short.")
 @click.option("--loss", type=float, metavar="X", help="Go no farther than to this divergence from the float model.")
 @click.option("--solver", metavar="S", type=click.Choice(SOLVERS), help="Name what chooses the codes outright.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Whatever is drawn at random starts here.")

@@ -29,6 +29,9 @@ EXAMPLES = 512
 #: Measurements that `choose` may spend on the parts of one step; fast takes steps whole or not at all.
 PASSES = {"fast": 0, "default": 16, "best": 16}
 
+#: What no budget ends.
+UNCUT = "rounding, judging and a solver that was named"
+
 #: Under a budget of time, the share of a step's time that `choose` may spend on its parts.
 JUDGING = 0.3
 
@@ -36,8 +39,8 @@ JUDGING = 0.3
 @dataclass(frozen=True)
 class Effort:
     """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; until ``end`` on the monotonic
-    clock, which ends what trains; no farther than to a ``loss``, the mean KL divergence from the float model on held-out examples,
-    or squared error where outputs are no classes."""
+    clock, of which steps that solve or train take shares; no farther than to a ``loss``, the mean KL divergence from the float model
+    on held-out examples, or squared error where outputs are no classes."""
 
     level: str = "fast"
     solver: str | None = None
@@ -104,7 +107,7 @@ def climb(
             now = f"it is {_mean(loss):.3g} on {judges} held-out examples"
             notes.append(Note("model", f"{listed(queue)} not needed for a loss of {effort.loss:g}: {now}"))
     if effort.end is not None and (late := time.monotonic() - effort.end) > 1:
-        notes.append(Note("model", f"the budget was over {late:.0f} s before the end: it ends training, and cuts no solving short"))
+        notes.append(Note("model", f"the budget was over {late:.0f} s before the end: {UNCUT} are not cut short"))
     return replace(rung.q, notes=(*rung.q.notes, *rung.told))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,11 +123,11 @@ class GraphNetwork:
         return known_ranges(self.graph, self.groups)
 
     def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
-                progress: Progress | None) -> QModel:  # fmt: skip
+                progress: Progress | None, end: float | None = None) -> QModel:  # fmt: skip
         """Layer by layer, on the inputs that the quantized layers before leave."""
         assert isinstance(self.module, GraphModule)
         told: dict[str, str] = {}
-        new = refine(q, self.module, items, solve and solving(self, q, solve, told, progress), bias)
+        new = refine(q, self.module, items, solve and solving(self, q, solve, told, progress, end), bias)
         return told_of(new, told, solve)
 
     def finish(self, tensors: dict[str, QTensor], chosen: dict[str, Activation], plan: Plan, provenance: dict[str, Any],
@@ -171,7 +172,7 @@ class ModuleNetwork:
         return {}
 
     def refined(self, q: QModel, items: list[Batch], solve: Callable[..., QTensor] | None, bias: bool,
-                progress: Progress | None) -> QModel:  # fmt: skip
+                progress: Progress | None, end: float | None = None) -> QModel:  # fmt: skip
         """Block by block, on the inputs that the quantized layers before leave; all values between blocks in memory."""
         if solve is None:
             return q
@@ -180,7 +181,7 @@ class ModuleNetwork:
         last: Entangled | None = None
         for names, keep in ((blocks, False), (blocks, True), ([""], True)):  # a chain, blocks that see each other, or anything
             new, told = dict(q.tensors), dict[str, str]()
-            solve_one = solving(self, q, solve, told, progress)
+            solve_one = solving(self, q, solve, told, progress, end)
             module = install(share(self.module), outside(new, names), self.tied, {})
             try:
                 with torch.no_grad():
@@ -214,30 +215,33 @@ class ModuleNetwork:
 Network = GraphNetwork | ModuleNetwork
 
 
-def guided_moments(network: Network, q: QModel, items: list[Batch], seed: int) -> dict[str, Tensor]:
-    """Guided Hessians of the weights of ``q`` by name; `InputError` where a backward pass does not fit in memory, or the network
-    gives no gradients, or some that are not finite."""
+def guided_moments(network: Network, q: QModel, items: list[Batch], seed: int, end: float | None = None) -> dict[str, Tensor]:
+    """Guided Hessians of the weights of ``q`` by name, of as many batches as there is time for; `InputError` where a backward pass
+    does not fit in memory, or the network gives no gradients, or some that are not finite."""
     learn, wanted = units(items), set(q.tensors)
     if (need := backward_bytes(network.module, learn, wanted)) > available():
         raise InputError(f"a backward pass takes {size_text(need)} of memory, which is more than is free")
-    moments = hessians(network.module, learn, wanted, guided=True, seed=seed)
+    moments = hessians(network.module, learn, wanted, guided=True, seed=seed, end=end)
     if odd := [name for name, moment in moments.items() if not moment.isfinite().all()]:
         raise InputError(f"gradients at {some(odd)} are not finite numbers; a float32 model has a wider range")
     return moments
 
 
 def solved_guided(network: Network, q: QModel, items: list[Batch], solve: Callable[..., QTensor], seed: int,
-                  asked: bool, progress: Progress | None, moments: Mapping[str, Tensor] | None = None) -> QModel:  # fmt: skip
+                  asked: bool, progress: Progress | None, moments: Mapping[str, Tensor] | None = None,
+                  end: float | None = None) -> QModel:  # fmt: skip
     """``q`` with every weight solved on guided Hessians of the float network, ``moments`` where they are there already. Where a
     backward pass, or all Hessians at a time, do not fit in memory, or the network gives no gradients, the Hessians are those that
-    the sweep finds, and a note says so: a fall-back where guided ones were ``asked`` for."""
+    the sweep finds, and a note says so: a fall-back where guided ones were ``asked`` for. Hessians take at most half of the time
+    until ``end``."""
+    half = None if end is None else (time.monotonic() + end) / 2
     try:
-        moments = guided_moments(network, q, items, seed) if moments is None else moments
+        moments = guided_moments(network, q, items, seed, half) if moments is None else moments
     except InputError as err:
-        new = network.refined(q, items, solve, False, progress)
+        new = network.refined(q, items, solve, False, progress, end)
         return replace(new, notes=(*new.notes, Note("model", f"swept Hessians in place of guided ones: {err}", fallback=asked)))
     told: dict[str, str] = {}
-    solve_one, tensors = solving(network, q, solve, told, progress), dict(q.tensors)
+    solve_one, tensors = solving(network, q, solve, told, progress, end), dict(q.tensors)
     for name, moment in moments.items():
         tensors[name] = solve_one(name, moment)
     return told_of(with_tensors(q, tensors), told, solve, GUIDED)
@@ -267,12 +271,17 @@ def accounts(names: Iterable[str], told: Mapping[str, str], solver: str, how: st
     return [*each, Note("model", f"solved {how}")] if each else []
 
 
-def solving(network: Network, q: QModel, solve: Callable[..., QTensor], told: dict[str, str], progress: Progress | None) -> Solve:
-    """``solve`` by the name of a weight, in the format that the weight has; ``told`` takes its account."""
+def solving(network: Network, q: QModel, solve: Callable[..., QTensor], told: dict[str, str], progress: Progress | None,
+            end: float | None = None) -> Solve:  # fmt: skip
+    """``solve`` by the name of a weight, in the format that the weight has; ``told`` takes its account. After ``end`` on the
+    monotonic clock a weight keeps its codes."""
     targets = {target.name: target for target in network.targets}
 
     def one(name: str, hessian: Tensor) -> QTensor:
         target, old = targets[name], q.tensors[name]
+        if end is not None and time.monotonic() > end:
+            told[name] = "not solved, the budget's share for it was over"
+            return old
         if progress:
             progress("solve", len(told) + 1, len(q.tensors))
         table = old.params.table if old.format.table == MODEL else None  # a table of the model stays what all have

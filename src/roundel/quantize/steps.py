@@ -42,7 +42,7 @@ class Rung:
 class Means:
     """What steps work with: ``near`` gives the ladder's foot for any network (ranges from the data, weights rounded to nearest) by
     ``plan``, which has a format for each size of the plan that was ``asked``; ``learn`` the examples they may learn from, ``end``
-    the clock's time at which those that train are to end."""
+    the clock's time at which they are to end."""
 
     near: Callable[[Network], QModel]
     plan: Plan
@@ -102,7 +102,7 @@ def mixing(rung: Rung, means: Means) -> Rung | None:
     if not any(size_of(rule.weight) for rule in means.asked.rules):
         return None
     try:
-        moments = guided_moments(rung.network, rung.q, list(means.learn), means.seed)
+        moments = guided_moments(rung.network, rung.q, list(means.learn), means.seed, _until(means))
     except InputError as err:
         return replace(rung, q=with_tensors(rung.q, rung.q.tensors, (Note("model", f"no mix of formats was tried: {err}"),)))
     rung = replace(rung, moments=moments if isinstance(rung.network, ModuleNetwork) else None)  # a graph's steps sweep
@@ -130,7 +130,7 @@ def solving(name: str) -> Callable[[Rung, Means], Rung | None]:
     def make(rung: Rung, means: Means) -> Rung | None:
         if rung.moments is not None and isinstance(rung.network, ModuleNetwork):
             return None
-        q = rung.network.refined(rung.q, list(means.learn), SOLVERS[name], False, means.progress)
+        q = rung.network.refined(rung.q, list(means.learn), SOLVERS[name], False, means.progress, _until(means))
         return replace(rung, q=replace(q, provenance={**q.provenance, "solver": name}))
 
     return make
@@ -141,7 +141,7 @@ def guided_descent(rung: Rung, means: Means) -> Rung | None:
     if isinstance(rung.network, GraphNetwork):
         return None
     q = solved_guided(rung.network, rung.q, list(means.learn), SOLVERS["descent"], means.seed, False, means.progress,
-                      rung.moments)  # fmt: skip
+                      rung.moments, _until(means))  # fmt: skip
     return replace(rung, q=replace(q, provenance={**q.provenance, "solver": "descent"}))
 
 
@@ -157,6 +157,9 @@ def reconstruction(rung: Rung, means: Means) -> Rung:
                     seconds=None if left is None else BLOCKS * left, progress=means.progress)  # fmt: skip
     return replace(rung, q=q)
 
+
+#: The share of the time left that Hessians take, or the solving of weights; training takes most.
+SOLVING = 0.25
 
 #: The share of the time left that blocks take; the whole takes the rest.
 BLOCKS = 0.25
@@ -186,6 +189,12 @@ def teaching(rung: Rung, means: Means) -> Rung:
         told = f"end-to-end tuning learned from {wrote} examples that the model wrote itself as well"
         q = replace(q, notes=(*q.notes, Note("model", told)))
     return replace(rung, q=q)
+
+
+def _until(means: Means) -> float | None:
+    """When a step that measures or solves is to end."""
+    left = _left(means)
+    return None if left is None else time.monotonic() + SOLVING * left
 
 
 def _left(means: Means) -> float | None:
