@@ -38,9 +38,9 @@ JUDGING = 0.3
 
 @dataclass(frozen=True)
 class Effort:
-    """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; until ``end`` on the monotonic
-    clock, of which steps that solve or train take shares; no farther than to a ``loss``, the mean KL divergence from the float model
-    on held-out examples, or squared error where outputs are no classes."""
+    """How far to climb: the steps of ``level``, with a ``solver`` in place of those that solve; until ``end`` on the
+    monotonic clock, of which steps that solve or train take shares; no farther than to a ``loss``, the mean KL divergence from the
+    float model on held-out examples, or squared error where outputs are no classes."""
 
     level: str = "fast"
     solver: str | None = None
