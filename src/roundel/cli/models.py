@@ -167,9 +167,12 @@ def quantize_command(
     notes([*read, *said, *((note.subject, note.text) for note in q.notes)])
     click.echo(f"{inert(out)}: {size(q.nbytes)}, {number(q.bits)} bits per parameter")
     if memory is not None:
-        from ..quantize.memory import peak
+        from ..quantize.memory import bytes_of, peak
 
-        click.echo(f"at most {size(peak())} of memory was in use, of {memory} allowed", err=True)
+        most = peak()
+        click.echo(f"at most {size(most)} of memory was in use, of {memory} allowed", err=True)
+        if most > bytes_of(memory):
+            click.echo(f"warning: that is {size(most - bytes_of(memory))} more than --memory allows; the file is whole", err=True)
     if seen is not None:
         notes([("data", sentence) for sentence in seen.notes])
         click.echo(f"{seen.metric_name} on the calibration data {number(seen.metric, 4)}, float {number(seen.metric_float, 4)}; "

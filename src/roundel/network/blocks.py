@@ -318,7 +318,10 @@ def moments(walk: Walk, at: int, found: Mapping[str, Leaf], group: Group, limit:
                 compute(
                     walk.module, call, {name: partial(_gather, found, group, sums, part, left, last, name) for name in group.layers}
                 )
-        yield {name: sums[owner] for name in group.layers if (owner := group.shared.get(name, name)) in sums and owner in part}
+        of = {name: group.shared.get(name, name) for name in group.layers}
+        got = {name: sums[owner] for name, owner in of.items() if owner in sums and owner in part}
+        sums.clear()
+        yield got
 
 
 def _gather(found: Mapping[str, Leaf], group: Group, sums: dict[str, Tensor], part: Container[str], left: set[str] | None,
@@ -331,6 +334,7 @@ def _gather(found: Mapping[str, Leaf], group: Group, sums: dict[str, Tensor], pa
         one = found[name]
         moment = second_moment(columns(one.op, one.attrs, x.detach(), one.weight.shape))
         sums[name] = sums[name].add_(moment) if name in sums else moment
+        del moment  # a frame that a `_Stop` passes through outlives it
     if left is not None:
         left.discard(name)
         if not left:
@@ -391,8 +395,9 @@ def sweep_blocks(walk: Walk, found: Mapping[str, Leaf], solve: SolveLayers, last
                 new: dict[str, Tensor] = {}
                 for part in moments(walk, at, inside, group, limit):
                     new |= solve(part)
-                for name, value in new.items():
-                    put(walk.module, name, value)
+                    part.clear()  # or they would stay while those of the next group are gathered
+                for name in list(new):
+                    put(walk.module, name, new.pop(name))
             done.add(block)
         for unit in range(len(walk.units)):
             if (call := walk.enter(at, unit)) is not None:

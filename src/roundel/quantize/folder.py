@@ -317,7 +317,10 @@ class _Run:
         assert self.solver is not None
         solve, names = SOLVERS[self.solver], [member(layer, "weight") for layer in moments]
         work = ((solve, self._shown(self.targets[name], read(name)), near[name], moments[_layer(name)]) for name in names)
-        return ((name, *done) for name, done in zip(names, self.executor.map(_solve, work), strict=True))
+        trim()  # before the largest moment there is, of what gathering left
+        for name, (tensor, account) in zip(names, self.executor.map(_solve, work), strict=True):
+            trim()
+            yield name, tensor, account
 
     # -- the journal --
 

@@ -18,7 +18,7 @@ from ..plan import Choice
 from ..qmodel import Note
 from ..solvers import NEED_HESSIAN, SOLVERS, rtn
 from .networks import Network, Target
-from .pieces import by_rows
+from .pieces import PIECE, by_rows
 
 #: A number is an outlier when it is this many times the usual (median) magnitude of its tensor.
 OUTLIER = 1e4
@@ -87,13 +87,14 @@ def _rounded(target: Target, fmt: Format, notes: list[Note], solve: Callable[...
 
 def _tell_outlier(target: Target, q: QTensor, notes: list[Note]) -> None:
     """One huge number costs those that share its scale their codes; say where it is and how many."""
-    w = to_matrix(target.weight, target.axis).float()
-    size = w.abs().flatten()
-    usual = size[:: max(1, size.numel() >> 12)]
+    w = to_matrix(target.weight, target.axis)
+    usual = w.flatten()[:: max(1, w.numel() >> 12)].abs().float()
     usual = usual[usual > 0]
-    if not usual.numel() or float(size.max()) <= OUTLIER * float(usual.median()):
+    tops = [float(part.abs().amax()) for part in w.split(max(1, PIECE // max(1, w.shape[1])))]
+    if not usual.numel() or max(tops) <= OUTLIER * float(usual.median()):
         return
-    row, col = divmod(int(size.argmax()), w.shape[1])
+    w = w.float()
+    row, col = divmod(int(w.abs().argmax()), w.shape[1])
     high, wide = q.format.share.block(q.matrix)
     rows, cols = (slice(i // n * n, i // n * n + n) for i, n in ((row, high), (col, wide)))
     real, kept = w[rows, cols], to_matrix(q.dequantize(), q.axis)[rows, cols]
