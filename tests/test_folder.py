@@ -27,9 +27,11 @@ from torch import nn
 
 import roundel
 from roundel import CheckError, InputError, PlanError
+from roundel.cli import main
 from roundel.formats.format import Format
 from roundel.network.blocks import find_blocks
 from roundel.quantize import folder as folder_module
+from roundel.quantize import memory as memory_module
 from roundel.quantize import pieces
 from roundel.quantize.memory import settled, trim
 from roundel.quantize.networks import SWEPT
@@ -37,7 +39,7 @@ from roundel.quantize.pieces import by_rows, rows_alone
 from roundel.solvers import gptq, rtn
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from random_llama import random_llama
+from random_llama import SIZES, random_llama
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 64,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -419,6 +421,62 @@ def test_signals_stop_the_command_and_the_same_command_goes_on(llama: Path, want
 
 
 # -- refused, before any work -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("folder.memory")
+@pytest.mark.parametrize("memory", [None, "tight"])
+def test_no_hessian_outlives_its_layers(memory: str | None, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When layers come to be solved, there are their Hessians and no others; between blocks there is none."""
+    limits = {"tight": 0.0, None: math.inf}
+    sweep = folder_module.sweep_blocks
+    monkeypatch.setattr(folder_module, "sweep_blocks", lambda *a, **named: sweep(*a, **named | {"limit": limits[memory]}))
+    solved, seen = folder_module._Run.solved, []
+
+    def alive() -> list[torch.Tensor]:
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some of torch's old names warn when they are looked at
+            tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        return [t for t in tensors if t.dtype == torch.float64 and t.ndim == 3 and t.shape[1] == t.shape[2] > 1]
+
+    def watched(run: Any, moments: dict[str, torch.Tensor], *rest: Any) -> Any:
+        seen.append((len({t.data_ptr() for t in alive()}), len({t.data_ptr() for t in moments.values()})))
+        return solved(run, moments, *rest)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "solve":
+            assert not alive()
+
+    monkeypatch.setattr(folder_module._Run, "solved", watched)
+    stream(llama, tmp_path / "out", progress=progress)
+    assert len(seen) == 3 * 4 + 1  # q, k and v | o | gate and up | down, and the head
+    assert all(there == own for there, own in seen)
+
+
+@pytest.mark.proves("folder.memory")
+def test_a_command_that_took_more_than_its_cap_says_so(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory_module, "peak", lambda: 3 * 10**9)
+    for cap, warns in ("4GB", False), ("2GB", True):
+        command = ["quantize", str(llama), "--weights", FORMAT, "--memory", cap, "-o", str(tmp_path / "out")]
+        main(command)
+        assert ("warning: that is 1.00 GB more than --memory allows" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.soak
+@pytest.mark.proves("result.llama-1b")
+def test_a_billion_weights_under_two_gigabytes(tmp_path: Path) -> None:
+    """Fifty minutes of one core: GPTQ on a folder in the shape of TinyLlama."""
+    assert random_llama(tmp_path / "model", SIZES["1.1b"]) > 1e9
+    data = tmp_path / "ids.json"
+    data.write_text(json.dumps(torch.randint(0, 32000, (8, 512), generator=torch.Generator().manual_seed(0)).tolist()))
+    command = [sys.executable, "-m", "roundel.cli", "quantize", str(tmp_path / "model"), "--weights", "int4/g32",
+               "--data", str(data), "--solver", "gptq", "--memory", "2GB", "-o", str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of 2GB allowed" in done.stderr
+    assert "more than --memory allows" not in done.stderr
 
 
 @pytest.mark.proves("folder.memory")
